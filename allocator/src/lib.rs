@@ -1,0 +1,39 @@
+//! Regions by name: persistent memory that is there again after an outage.
+//!
+//! A [`Pool`] is a directory with a crash-safe catalog. It hands out **regions**, each under a [`RegionName`] such as
+//! `web/ram`: the same name yields the same bytes, in this process or the next, after a kill or a power cut. A region
+//! lies on a [`MediumKind`], which says what it survives and what a flush costs.
+//!
+//! ```text
+//!             Pool ── catalog (names → regions; changed under a lock, by one rename)
+//!              │
+//!   allocate, resize, rename, free, list, check
+//!              │
+//!            lease ── one holder at a time; dies with its process
+//!              │
+//!            Region ── header (two copies): clean@N, cleared before a vCPU runs, set after the last byte is durable
+//!            │    │
+//!     read_at│    │map
+//!    write_at│    ▼
+//!        sync│  Mapping ── guest RAM ── persist: flush (file), CLWB (dax), save (nvdimm)
+//! ```
+//!
+//! Bytes on the medium are described in `FORMAT.md`; the words are those of the project's design.
+#![deny(unsafe_code)]
+
+pub mod catalog;
+pub mod frame;
+pub mod header;
+pub mod lease;
+pub mod medium;
+pub mod name;
+pub mod pool;
+pub mod region;
+
+pub use catalog::{MediumSettings, RegionInfo, Settings};
+pub use lease::{Holder, Lease, LeaseError};
+pub use medium::{Dirty, Mapping, MediumError, MediumKind, PAGE_SIZE, PersistReport};
+pub use name::{NameError, RegionName};
+pub use pool::check::{Problem, Report};
+pub use pool::{Pool, PoolError, RegionSpec, Usage, default_pool_dir};
+pub use region::{Kind, Region, RegionError};
