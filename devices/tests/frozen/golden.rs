@@ -1,0 +1,94 @@
+//! One saved state of every layout ever written, byte for byte. A layout never changes; a new one is added beside it, and
+//! the old file stays: what lies in somebody's pool must be read for ever.
+
+use crate::house::House;
+use devices::DeviceState;
+use devices::state::{
+    DebugExitStateV1, KeyboardControllerStateV1, PowerStateV1, ReportStateV1, ResetStateV1, RtcStateV1, SerialStateV1,
+};
+
+fn check(index: usize, file: &str, expected: &DeviceState) {
+    let read: DeviceState = serde_json::from_str(file).unwrap();
+    assert_eq!(&read, expected, "what is read has changed");
+    assert_eq!(serde_json::to_string_pretty(expected).unwrap() + "\n", file, "what is written has changed");
+    let mut house = House::new(0);
+    house.device(index).restore(&read).unwrap();
+    assert_eq!(&house.device(index).save(), expected);
+}
+
+#[test]
+fn serial_v1_reads_and_writes_as_it_always_did() {
+    let state = SerialStateV1 {
+        divisor_latch_low: 1,
+        divisor_latch_high: 2,
+        interrupt_enable: 0x05,
+        interrupt_identification: 0x04,
+        thr_empty_deferred: false,
+        line_control: 0x13,
+        line_status: 0x61,
+        modem_control: 0x0b,
+        modem_status: 0xb0,
+        scratch: 0x5a,
+        receive_fifo: b"typed ahead".to_vec(),
+        output_backlog: b"not yet shown".to_vec(),
+        output_lost: 3,
+        interrupt_undelivered: true,
+    };
+    check(0, include_str!("../golden/serial-v1.json"), &DeviceState::Serial(state));
+}
+
+#[test]
+fn rtc_v1_reads_and_writes_as_it_always_did() {
+    let mut memory: Vec<u8> = (0..128).collect();
+    memory[0x0a..=0x0d].copy_from_slice(&[0x26, 0x02, 0x50, 0x80]);
+    let state = RtcStateV1 {
+        index: 0x0c,
+        nmi_masked: true,
+        memory,
+        offset_seconds: -3601,
+        offset_nanoseconds: 999_999_999,
+        flags_until_seconds: 1_785_587_696,
+        flags_until_nanoseconds: 123_456_789,
+    };
+    check(1, include_str!("../golden/rtc-v1.json"), &DeviceState::Rtc(state));
+}
+
+#[test]
+fn keyboard_controller_v1_reads_and_writes_as_it_always_did() {
+    let state = KeyboardControllerStateV1 {
+        status: 0x1d,
+        output: 0xfa,
+        output_port: 0xcf,
+        memory: (0x74..0x94).collect(),
+        waiting_command: Some(0xd1),
+    };
+    check(2, include_str!("../golden/keyboard-controller-v1.json"), &DeviceState::KeyboardController(state));
+}
+
+#[test]
+fn reset_v1_reads_and_writes_as_it_always_did() {
+    let state = ResetStateV1 { control: 0x02 };
+    check(3, include_str!("../golden/reset-v1.json"), &DeviceState::Reset(state));
+}
+
+#[test]
+fn power_v1_reads_and_writes_as_it_always_did() {
+    let state = PowerStateV1 { sleep_control: 0x14, sleep_status: 0x80 };
+    check(4, include_str!("../golden/power-v1.json"), &DeviceState::Power(state));
+}
+
+#[test]
+fn debug_exit_v1_reads_and_writes_as_it_always_did() {
+    check(5, include_str!("../golden/debug-exit-v1.json"), &DeviceState::DebugExit(DebugExitStateV1 { code: 42 }));
+}
+
+#[test]
+fn report_v1_reads_and_writes_as_it_always_did() {
+    let state = ReportStateV1 { latch: u64::MAX - 1, value: u64::MAX, count: 7 };
+    check(6, include_str!("../golden/report-v1.json"), &DeviceState::Report(state));
+}
+
+#[test]
+fn stateless_reads_and_writes_as_it_always_did() {
+    assert_eq!(serde_json::to_string(&DeviceState::Stateless).unwrap(), r#"{"device":"stateless"}"#);
+}
