@@ -1,0 +1,328 @@
+//! Verifying everything that is stored, copy by copy.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::codec::Codec;
+use crate::diff::PageRange;
+use crate::error::StoreError;
+use crate::frame::{Malformed, crc};
+use crate::generation::{GenerationId, PAGE_SIZE};
+use crate::hash::Hash;
+use crate::impact;
+use crate::ledger::{FILES, State};
+use crate::mark::{in_order, manifest_children};
+use crate::node::{Link, Node, NodeRef};
+use crate::pack::{BLOCK, MIRRORS, PackFile, check_header};
+use crate::record::SLOT;
+use crate::restore::coalesce;
+use crate::store::Store;
+
+/// Copies of pages gathered before they are sorted and read: bounds the memory of a scrub to some 200 MiB.
+const BATCH: usize = 4 << 20;
+
+/// How far a scrub is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Archive nodes verified, in both mirrors.
+    pub nodes: u64,
+    /// Copies of pages verified.
+    pub pages: u64,
+    /// Bytes read.
+    pub bytes: u64,
+}
+
+/// Something stored that is not what it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// The file, relative to the store.
+    pub file: String,
+    /// Where in it, in bytes.
+    pub offset: u64,
+    /// How many bytes the damaged record has.
+    pub length: u64,
+    /// What it is, and what is wrong.
+    pub what: String,
+    /// Whether a good copy exists, so that [`Store::repair`] heals it.
+    pub healable: bool,
+}
+
+/// What is lost for good, unless a backup has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    /// The generation that it hurts.
+    pub generation: GenerationId,
+    /// The region; `None` if it is the manifest (then nothing of the generation can be read) or a blob.
+    pub region: Option<String>,
+    /// The pages. Those behind a lost node of the archive count as lost, zero or not.
+    pub pages: Vec<PageRange>,
+    /// In words.
+    pub what: String,
+}
+
+/// What a scrub found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ScrubReport {
+    /// What was verified.
+    pub verified: Progress,
+    /// Every damaged copy.
+    pub damage: Vec<Damage>,
+    /// What has no good copy, generation by generation.
+    pub lost: Vec<Lost>,
+    /// Records of the ledger that neither copy has: generations that were committed and of which nothing more is known.
+    pub lost_records: u64,
+}
+
+impl ScrubReport {
+    /// Whether everything is as it should be.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.damage.is_empty() && self.lost.is_empty() && self.lost_records == 0
+    }
+}
+
+/// A damaged copy of a node.
+#[derive(Debug, Clone)]
+pub(crate) struct BadNode {
+    pub(crate) mirror: PackFile,
+    pub(crate) node: NodeRef,
+    why: Malformed,
+}
+
+/// A damaged copy of a page.
+#[derive(Debug, Clone)]
+pub(crate) struct BadPage {
+    pub(crate) link: Link,
+    pub(crate) hash: Hash,
+    why: Malformed,
+}
+
+/// Everything that a scrub found, for the report and for the repair.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    pub(crate) verified: Progress,
+    pub(crate) nodes: Vec<BadNode>,
+    pub(crate) pages: Vec<BadPage>,
+    /// Packs whose header block is damaged.
+    pub(crate) headers: Vec<(PackFile, u32, Malformed)>,
+    seen: HashSet<(u32, u32)>,
+    gathered: Vec<(Link, Hash)>,
+    packs: HashSet<(PackFile, u32)>,
+}
+
+impl Findings {
+    /// Nodes that no mirror has.
+    pub(crate) fn lost_nodes(&self) -> HashSet<NodeRef> {
+        let in_mirror = |mirror| -> HashSet<NodeRef> {
+            self.nodes.iter().filter(|bad| bad.mirror == mirror).map(|bad| bad.node).collect()
+        };
+        in_mirror(MIRRORS[0]).intersection(&in_mirror(MIRRORS[1])).copied().collect()
+    }
+
+    /// Copies of pages that are bad.
+    pub(crate) fn bad_links(&self) -> HashSet<Link> {
+        self.pages.iter().map(|bad| bad.link).collect()
+    }
+}
+
+impl Store {
+    /// Reads and verifies everything that generations need: both ledgers, both mirrors of the archive, every copy of every page.
+    /// Writers go on meanwhile. `progress` hears how far it is.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::NotAStore`] if the ledger cannot be read. Damage is no error: it is in the report.
+    pub fn scrub(&self, progress: &mut dyn FnMut(Progress)) -> Result<ScrubReport, StoreError> {
+        let state = self.inner.ledger.load()?;
+        let findings = self.find(&state, progress);
+        // Without a lock: what looks damaged may have been purged and swept meanwhile. Then no generation is left that needs it.
+        let now =
+            if findings.nodes.is_empty() && findings.pages.is_empty() { state } else { self.inner.ledger.load()? };
+        Ok(self.report(&now, &findings))
+    }
+
+    /// Verifies everything.
+    pub(crate) fn find(&self, state: &State, progress: &mut dyn FnMut(Progress)) -> Findings {
+        let mut findings = Findings::default();
+        let mut frontier: Vec<NodeRef> = state.newest_first().iter().map(|committed| committed.manifest).collect();
+        while !frontier.is_empty() {
+            for node in in_order(std::mem::take(&mut frontier)) {
+                if findings.seen.insert((node.pack, node.unit)) {
+                    self.check_tree_node(&node, &mut findings, &mut frontier);
+                }
+                if findings.gathered.len() >= BATCH {
+                    self.check_pages(&mut findings, progress);
+                }
+                if findings.verified.nodes % 1024 == 0 {
+                    progress(findings.verified);
+                }
+            }
+        }
+        self.check_pages(&mut findings, progress);
+        self.check_headers(state, &mut findings);
+        progress(findings.verified);
+        findings
+    }
+
+    /// Verifies a node, and notes what it refers to.
+    fn check_tree_node(&self, node: &NodeRef, findings: &mut Findings, next: &mut Vec<NodeRef>) {
+        match self.check_node(node, findings) {
+            Some(Node::Leaf(leaf)) => {
+                let copies = leaf.iter().flatten().flat_map(|entry| entry.links().map(|link| (link, entry.hash)));
+                findings.gathered.extend(copies);
+            }
+            Some(Node::Inner { children, .. }) => next.extend(children.iter().flatten()),
+            Some(Node::Manifest(manifest)) => next.extend(manifest_children(&manifest)),
+            Some(Node::Blob(_)) | None => {}
+        }
+    }
+
+    /// Verifies a node in both mirrors; returns it from one that is good.
+    fn check_node(&self, node: &NodeRef, findings: &mut Findings) -> Option<Node> {
+        let mut good = None;
+        for mirror in MIRRORS {
+            findings.packs.insert((*mirror, node.pack));
+            match self.inner.archive.fetch_from(*mirror, node) {
+                Ok(found) => good = Some(found),
+                Err(why) => findings.nodes.push(BadNode { mirror: *mirror, node: *node, why }),
+            }
+            findings.verified.bytes += u64::from(node.length);
+        }
+        findings.verified.nodes += 1;
+        good
+    }
+
+    /// Verifies what was gathered, in the order in which it lies.
+    fn check_pages(&self, findings: &mut Findings, progress: &mut dyn FnMut(Progress)) {
+        let mut copies = std::mem::take(&mut findings.gathered);
+        copies.sort_unstable_by_key(|(link, _)| (link.pack, link.unit));
+        // One place with two meanings is checked for both.
+        copies.dedup();
+        findings.packs.extend(copies.iter().map(|(link, _)| (PackFile::Data, link.pack)));
+        let reads = coalesce(&copies, |(link, _)| link);
+        let next = Mutex::new(0);
+        let (bytes, pages) = (AtomicU64::new(0), AtomicU64::new(0));
+        let bad: Mutex<Vec<BadPage>> = Mutex::default();
+        let work = |buffer: &mut Vec<u8>| -> bool {
+            // One reads while others verify: the file is read in order, as the kernel's readahead wants it.
+            let mut turn = next.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(read) = reads.get(*turn) else { return false };
+            *turn += 1;
+            let copies = &copies[read.clone()];
+            let whole = self.read_together(copies, buffer);
+            drop(turn);
+            let found = self.check_read(copies, buffer, whole);
+            let count = buffer.len() as u64;
+            bytes.fetch_add(count, Ordering::Relaxed);
+            pages.fetch_add(read.len() as u64, Ordering::Relaxed);
+            bad.lock().unwrap_or_else(PoisonError::into_inner).extend(found);
+            true
+        };
+        let before = findings.verified;
+        std::thread::scope(|scope| {
+            for _ in 1..self.inner.options.threads.min(reads.len()) {
+                scope.spawn(|| {
+                    let mut buffer = Vec::new();
+                    while work(&mut buffer) {}
+                });
+            }
+            let mut buffer = Vec::new();
+            while work(&mut buffer) {
+                let (bytes, pages) = (bytes.load(Ordering::Relaxed), pages.load(Ordering::Relaxed));
+                progress(Progress { nodes: before.nodes, pages: before.pages + pages, bytes: before.bytes + bytes });
+            }
+        });
+        findings.verified.pages += pages.into_inner();
+        findings.verified.bytes += bytes.into_inner();
+        findings.pages.extend(bad.into_inner().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Reads copies that lie close together; `false` if that cannot be done at once.
+    fn read_together(&self, copies: &[(Link, Hash)], buffer: &mut Vec<u8>) -> bool {
+        let start = copies[0].0.offset();
+        let end = copies.iter().map(|(link, _)| link.end()).max().unwrap_or(start);
+        buffer.resize((end - start) as usize, 0);
+        self.inner.packs.read_some(PackFile::Data, copies[0].0.pack, start, buffer).is_ok()
+    }
+
+    /// Verifies copies that were read together. Returns the bad ones.
+    fn check_read(&self, copies: &[(Link, Hash)], buffer: &[u8], whole: bool) -> Vec<BadPage> {
+        let start = copies[0].0.offset();
+        let mut page = [0; PAGE_SIZE];
+        let mut bad = Vec::new();
+        let stored = |link: &Link| {
+            let at = (link.offset() - start) as usize;
+            &buffer[at..at + usize::from(link.length)]
+        };
+        let raw = copies.iter().filter(|(link, _)| link.codec == Codec::Raw).map(|(link, _)| stored(link));
+        let mut hashes = Hash::of_pages(raw).into_iter();
+        for (link, hash) in copies {
+            let good = match link.codec {
+                Codec::Raw => hashes.next() == Some(*hash) && crc(stored(link)) == link.crc,
+                Codec::Lz4 | Codec::Zstd => Self::check_copy(*hash, link, stored(link), &mut page).is_ok(),
+            };
+            let good = good && whole;
+            // Once more alone: it may be a neighbour that cannot be read, or a file that was replaced.
+            if !good && let Err(why) = self.read_copy(*hash, link, &mut page) {
+                bad.push(BadPage { link: *link, hash: *hash, why });
+            }
+        }
+        bad
+    }
+
+    fn check_headers(&self, state: &State, findings: &mut Findings) {
+        let mut header = vec![0; BLOCK as usize];
+        let mut packs: Vec<_> = findings.packs.iter().copied().collect();
+        packs.sort_unstable();
+        for (file, pack) in packs {
+            self.inner.packs.forget(file, pack);
+            let read = self.inner.packs.read_some(file, pack, 0, &mut header);
+            let checked = match read {
+                Ok(_) => check_header(&header, state.store, file == PackFile::Data, pack),
+                Err(_) => Err(Malformed("it is missing or cannot be read")),
+            };
+            findings.headers.extend(checked.err().map(|why| (file, pack, why)));
+        }
+    }
+
+    /// What the findings mean for the generations of `state`.
+    pub(crate) fn report(&self, state: &State, findings: &Findings) -> ScrubReport {
+        let mut report =
+            ScrubReport { verified: findings.verified, lost_records: state.lost, ..ScrubReport::default() };
+        for bad in &state.bad {
+            // An append that was cut off is in neither copy and was never committed: no damage.
+            if bad.healable {
+                report.damage.push(Damage {
+                    file: FILES[bad.file].to_owned(),
+                    offset: bad.slot * SLOT as u64,
+                    length: SLOT as u64,
+                    what: "a record of the ledger is damaged".to_owned(),
+                    healable: true,
+                });
+            }
+        }
+        let needed = impact::Needed::of(&self.inner.archive, state, findings);
+        for (file, pack, why) in &findings.headers {
+            report.damage.push(damage(*file, *pack, 0..BLOCK, format!("the header of a pack: {why}"), true));
+        }
+        let lost = findings.lost_nodes();
+        for bad in findings.nodes.iter().filter(|bad| needed.nodes.contains(&bad.node)) {
+            let range = bad.node.offset()..bad.node.offset() + u64::from(bad.node.length);
+            let what = format!("a node of the archive: {}", bad.why);
+            report.damage.push(damage(bad.mirror, bad.node.pack, range, what, !lost.contains(&bad.node)));
+        }
+        for bad in findings.pages.iter().filter(|bad| needed.links.contains(&bad.link)) {
+            let healable = needed.sources.contains_key(&bad.hash);
+            let range = bad.link.offset()..bad.link.end();
+            report.damage.push(damage(PackFile::Data, bad.link.pack, range, format!("a page: {}", bad.why), healable));
+        }
+        report.lost = needed.lost;
+        report
+    }
+}
+
+fn damage(file: PackFile, pack: u32, range: Range<u64>, what: String, healable: bool) -> Damage {
+    let (offset, length) = (range.start, range.end - range.start);
+    Damage { file: format!("packs/{}", file.name(pack)), offset, length, what, healable }
+}
