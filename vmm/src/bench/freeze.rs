@@ -1,0 +1,111 @@
+//! From the power-fail signal until everything is durable.
+//!
+//! The signal is a real one, sent to this process; the clock stops when the supervisor says "frozen". Then the power comes
+//! back, and the guest dirties its memory anew.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::{Signal, getpid, kill_process};
+use serde::Serialize;
+
+use super::{BenchError, BenchPool, Distribution, Shape};
+use crate::machine::config::ByteSize;
+use crate::machine::time::nanoseconds;
+use crate::persistence::freeze::{FreezeReport, FreezeSteps};
+use crate::supervisor::terminal::Keyboard;
+use crate::supervisor::{Ended, Supervisor};
+
+/// How long the guest may take to dirty its memory once.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One row of results.
+#[derive(Debug, Clone, Serialize)]
+pub struct FreezeResult {
+    /// The VM.
+    pub shape: Shape,
+    /// How much memory the guest writes between two freezes.
+    pub dirty: ByteSize,
+    /// Signal to all durable.
+    pub total: Distribution,
+    /// Of that, what the media took to make bytes durable: regions, context, stamp.
+    pub flush: Distribution,
+    /// The rest: what perdure itself takes.
+    pub own: Distribution,
+    /// The median of each step.
+    pub steps: FreezeSteps,
+    /// The size of a context.
+    pub context_bytes: u64,
+}
+
+/// Measures `runs` freezes of one VM.
+///
+/// # Errors
+/// [`BenchError`].
+pub fn measure(pool: &BenchPool, shape: Shape, dirty: ByteSize, runs: usize) -> Result<FreezeResult, BenchError> {
+    let name = format!("freeze-{}-{}", shape.cpus, shape.memory);
+    let pages = dirty.0 / 4096;
+    let regions = if pages == 0 {
+        pool.vm(&name, &shape, "boot", "")?
+    } else {
+        let cmdline = format!("pattern=sequential ws={} write=100 report={pages}", dirty.0);
+        pool.vm(&name, &shape, "memwalk", &cmdline)?
+    };
+    let mut supervisor = Supervisor::boot(pool.directory().to_owned(), regions, Keyboard::none())?;
+    let mut samples = Vec::with_capacity(runs);
+    for _ in 0..runs {
+        wait_for_dirt(&supervisor, pages > 0)?;
+        samples.push(one(&mut supervisor)?);
+        supervisor.power_back()?;
+    }
+    supervisor.close(false);
+    pool.pool().free_tree(&name.parse().map_err(|_| BenchError::Guest(name.clone()))?)?;
+    Ok(summarise(shape, dirty, &samples))
+}
+
+/// Waits until the guest has written all its pages since the last freeze: twice round, since the first may be half over.
+fn wait_for_dirt(supervisor: &Supervisor, any: bool) -> Result<(), BenchError> {
+    let start = Instant::now();
+    let wanted = supervisor.reports() + if any { 2 } else { u64::from(supervisor.reports() == 0) };
+    while supervisor.reports() < wanted {
+        if start.elapsed() > PATIENCE {
+            return Err(BenchError::Guest(format!("it has not written its memory within {PATIENCE:?}")));
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    // An idle guest is to be asleep, not on its way there.
+    std::thread::sleep(Duration::from_millis(2));
+    Ok(())
+}
+
+fn one(supervisor: &mut Supervisor) -> Result<(u64, FreezeReport), BenchError> {
+    let signal = |source: rustix::io::Errno| BenchError::System { doing: "send SIGPWR", source: source.into() };
+    let start = Instant::now();
+    kill_process(getpid(), Signal::POWER).map_err(signal)?;
+    match supervisor.serve()? {
+        Ended::Frozen(report) => Ok((nanoseconds(start.elapsed()), report)),
+        other => Err(BenchError::Guest(format!("{other:?}"))),
+    }
+}
+
+fn summarise(shape: Shape, dirty: ByteSize, samples: &[(u64, FreezeReport)]) -> FreezeResult {
+    let distribution = |of: &dyn Fn(&(u64, FreezeReport)) -> u64| Distribution::of(samples.iter().map(of).collect());
+    let step = |of: fn(&FreezeSteps) -> u64| distribution(&|(_, report)| of(&report.steps)).p50_ns;
+    FreezeResult {
+        shape,
+        dirty,
+        total: distribution(&|(total, _)| *total),
+        flush: distribution(&|(_, report)| report.flush_ns),
+        own: distribution(&|(total, report)| total.saturating_sub(report.flush_ns)),
+        steps: FreezeSteps {
+            stop_ns: step(|steps| steps.stop_ns),
+            quiesce_ns: step(|steps| steps.quiesce_ns),
+            devices_ns: step(|steps| steps.devices_ns),
+            cpus_ns: step(|steps| steps.cpus_ns),
+            persist_ns: step(|steps| steps.persist_ns),
+            encode_ns: step(|steps| steps.encode_ns),
+            context_ns: step(|steps| steps.context_ns),
+            stamp_ns: step(|steps| steps.stamp_ns),
+        },
+        context_bytes: samples.first().map_or(0, |(_, report)| report.context_bytes),
+    }
+}

@@ -1,0 +1,203 @@
+//! Measures what the README promises: distributions, never single numbers, with the conditions they were taken under.
+//!
+//! * [`freeze`]: from the power-fail signal until everything is durable.
+//! * [`resume`]: from the start of the process to the guest's first output; cold starts; the VMM's own memory.
+//! * [`restore`]: a generation into memory, against a raw sequential read.
+//! * [`store`]: generations onto the disk, against a raw sequential write; opening a store; deleting one generation of many.
+//! * [`snapshot`]: how long a guest stands for a generation.
+//!
+//! Every bench works in a pool of its own, below the pool that is given, and removes it in the end.
+
+pub mod freeze;
+pub mod restore;
+pub mod resume;
+pub mod snapshot;
+pub mod store;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use allocator::{MediumKind, Pool};
+use serde::Serialize;
+use vfs::host::HostVfs;
+
+use crate::machine::config::{Kernel, SerialTarget, VmConfig};
+use crate::persistence::regions::{RegionsError, VmRegions};
+use crate::supervisor::SupervisorError;
+
+/// Why a bench could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The VM.
+    #[error(transparent)]
+    Supervisor(#[from] SupervisorError),
+    /// Its regions.
+    #[error(transparent)]
+    Regions(#[from] RegionsError),
+    /// The store of generations.
+    #[error(transparent)]
+    Store(#[from] ::snapshot::StoreError),
+    /// The pool.
+    #[error(transparent)]
+    Pool(#[from] allocator::PoolError),
+    /// The guest did something else.
+    #[error("the guest did not do its part: {0}")]
+    Guest(String),
+    /// The system.
+    #[error("cannot {doing}")]
+    System {
+        /// What.
+        doing: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What a set of samples looks like, in nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Distribution {
+    /// How many samples.
+    pub samples: usize,
+    /// The least.
+    pub min_ns: u64,
+    /// The median.
+    pub p50_ns: u64,
+    /// 90 % are at most this.
+    pub p90_ns: u64,
+    /// 99 % are at most this.
+    pub p99_ns: u64,
+    /// The greatest.
+    pub max_ns: u64,
+}
+
+impl Distribution {
+    /// Of samples in any order; all zero if there are none. Percentiles by the nearest-rank method.
+    #[must_use]
+    pub fn of(mut samples: Vec<u64>) -> Self {
+        samples.sort_unstable();
+        let rank = |percent: usize| {
+            let index = (samples.len() * percent).div_ceil(100).saturating_sub(1);
+            samples.get(index).copied().unwrap_or(0)
+        };
+        Self {
+            samples: samples.len(),
+            min_ns: samples.first().copied().unwrap_or(0),
+            p50_ns: rank(50),
+            p90_ns: rank(90),
+            p99_ns: rank(99),
+            max_ns: samples.last().copied().unwrap_or(0),
+        }
+    }
+}
+
+/// Under which conditions numbers were taken.
+#[derive(Debug, Clone, Serialize)]
+pub struct Conditions {
+    /// The CPU's own name.
+    pub cpu: String,
+    /// How many of them.
+    pub cpus: usize,
+    /// The kernel.
+    pub kernel: String,
+    /// Load average over the last minute before the bench.
+    pub load: String,
+}
+
+impl Conditions {
+    /// As they are now.
+    #[must_use]
+    pub fn now() -> Self {
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let cpu = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let system = rustix::system::uname();
+        Self {
+            cpu: cpu.map(|(_, name)| name.trim().to_owned()).unwrap_or_default(),
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            kernel: system.release().to_string_lossy().into_owned(),
+            load: load.split(' ').next().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// A pool of a bench's own.
+#[derive(Debug)]
+pub struct BenchPool {
+    directory: PathBuf,
+    pool: Pool,
+}
+
+impl BenchPool {
+    /// Makes it below `parent`.
+    ///
+    /// # Errors
+    /// [`BenchError::Pool`].
+    pub fn create(parent: &Path) -> Result<Self, BenchError> {
+        let directory = parent.join(format!("bench-{}", std::process::id()));
+        let pool = Pool::create_or_open(&directory, Arc::new(HostVfs))?;
+        Ok(Self { directory, pool })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The pool.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// A new VM with an embedded guest.
+    ///
+    /// # Errors
+    /// [`BenchError::Regions`].
+    pub fn vm(&self, name: &str, shape: &Shape, guest: &str, cmdline: &str) -> Result<VmRegions, BenchError> {
+        let config = VmConfig {
+            cpus: shape.cpus,
+            memory: shape.memory,
+            medium: shape.medium,
+            kernel: Kernel::Guest(guest.to_owned()),
+            cmdline: cmdline.to_owned(),
+            serial: SerialTarget::Stdio,
+            ..VmConfig::default()
+        };
+        Ok(VmRegions::create(&self.pool, name, &config)?)
+    }
+}
+
+impl Drop for BenchPool {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.directory) {
+            tracing::warn!("{} is left behind: {error}", self.directory.display());
+        }
+    }
+}
+
+/// The VM that is measured.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Shape {
+    /// Its vCPUs.
+    pub cpus: u32,
+    /// Its memory.
+    pub memory: crate::machine::config::ByteSize,
+    /// What it lies on; the pool's default if not given.
+    pub medium: Option<MediumKind>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_by_nearest_rank() {
+        let distribution = Distribution::of((1..=200).rev().collect());
+        assert_eq!((distribution.min_ns, distribution.max_ns), (1, 200));
+        assert_eq!((distribution.p50_ns, distribution.p90_ns, distribution.p99_ns), (100, 180, 198));
+        assert_eq!(Distribution::of(vec![7]).p99_ns, 7);
+        assert_eq!(Distribution::of(Vec::new()).samples, 0);
+    }
+}

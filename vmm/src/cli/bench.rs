@@ -1,0 +1,355 @@
+//! `perdure bench`
+
+use std::path::Path;
+
+use allocator::MediumKind;
+use serde::Serialize;
+
+use super::output::say;
+use super::{Environment, output};
+use crate::bench::{BenchPool, Conditions, Distribution, Shape, freeze, restore, resume, snapshot, store};
+use crate::machine::config::ByteSize;
+
+/// Measure. Each bench makes a pool of its own below the pool, and removes it in the end.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// From the power-fail signal until everything is durable
+    Freeze(FreezeArgs),
+    /// From the start of the process to the guest's first output; cold starts; the VMM's own memory
+    Resume(ResumeArgs),
+    /// How long a guest stands for a generation, and how long until that is durable
+    Snapshot(SnapshotArgs),
+    /// A generation into memory, against a raw sequential read; at depth 1 and far from it
+    Restore(StoreArgs),
+    /// Generations onto the disk, against a raw sequential write; opening a store; deleting one generation of many
+    Store(StoreArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct StoreArgs {
+    /// Memory sizes, separated by commas
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "256M")]
+    memory: Vec<ByteSize>,
+    /// How many generations
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    generations: u32,
+    /// Samples of each
+    #[arg(long, value_name = "N", default_value = "9", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    runs: u32,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// Memory sizes, separated by commas
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "256M,8G")]
+    memory: Vec<ByteSize>,
+    /// vCPUs, separated by commas
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,2")]
+    cpus: Vec<u32>,
+    /// Media, separated by commas
+    #[arg(long, value_name = "MEDIUM", value_delimiter = ',', default_value = "nvdimm")]
+    medium: Vec<MediumKind>,
+    /// Samples of each
+    #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    runs: u32,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct FreezeArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Memory that the guest writes between two freezes; sizes separated by commas
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "0")]
+    dirty: Vec<ByteSize>,
+}
+
+#[derive(Debug, clap::Args)]
+struct ResumeArgs {
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+struct SnapshotArgs {
+    /// Memory sizes, separated by commas
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "256M,1G,4G")]
+    memory: Vec<ByteSize>,
+    /// vCPUs, separated by commas
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1")]
+    cpus: Vec<u32>,
+    /// Media, separated by commas
+    #[arg(long, value_name = "MEDIUM", value_delimiter = ',', default_value = "nvdimm")]
+    medium: Vec<MediumKind>,
+    /// Memory that the guest writes between two generations; sizes separated by commas
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "64K,4M,32M")]
+    dirty: Vec<ByteSize>,
+    /// Measure what ten generations a second cost the guest instead, for so long
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    slowdown: Option<std::time::Duration>,
+    /// Samples of each
+    #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    runs: u32,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Results<T> {
+    conditions: Conditions,
+    results: Vec<T>,
+}
+
+impl Common {
+    fn shapes(&self) -> Vec<Shape> {
+        let mut shapes = Vec::new();
+        for medium in &self.medium {
+            for memory in &self.memory {
+                shapes.extend(self.cpus.iter().map(|cpus| Shape {
+                    cpus: *cpus,
+                    memory: *memory,
+                    medium: Some(*medium),
+                }));
+            }
+        }
+        shapes
+    }
+}
+
+pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> {
+    match &args.what {
+        What::Freeze(args) => freeze(&environment.pool, args),
+        What::Resume(args) => resume(&environment.pool, args),
+        What::Snapshot(args) => snapshot(&environment.pool, args),
+        What::Restore(args) => restore(&environment.pool, args),
+        What::Store(args) => store(&environment.pool, args),
+    }
+}
+
+fn progress(common: &Common, what: &str, shape: &Shape) {
+    let medium = shape.medium.map(|medium| medium.to_string()).unwrap_or_default();
+    eprintln!("perdure: {what}: {} runs, {medium}, {} CPUs, {}", common.runs, shape.cpus, shape.memory);
+}
+
+fn freeze(parent: &Path, args: &FreezeArgs) -> anyhow::Result<()> {
+    let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
+    let mut results = Vec::new();
+    for shape in args.common.shapes() {
+        for dirty in &args.dirty {
+            progress(&args.common, "freeze", &shape);
+            results.push(freeze::measure(&pool, shape, *dirty, args.common.runs as usize)?);
+        }
+    }
+    if args.common.json {
+        return output::json(&Results { conditions, results });
+    }
+    let rows: Vec<_> = results
+        .iter()
+        .map(|result| {
+            let mut row = shape_cells(&result.shape);
+            row.push(result.dirty.to_string());
+            row.extend(p50_p99(&result.own));
+            row.extend(p50_p99(&result.flush));
+            row.extend(p50_p99(&result.total));
+            row
+        })
+        .collect();
+    let headings = ["MEDIUM", "CPUS", "MEMORY", "DIRTY", "OWN P50", "P99", "FLUSH P50", "P99", "TOTAL P50", "P99"];
+    output::table(&headings, &rows);
+    tell(&conditions);
+    Ok(())
+}
+
+fn snapshot(parent: &Path, args: &SnapshotArgs) -> anyhow::Result<()> {
+    let SnapshotArgs { memory, cpus, medium, dirty, slowdown, runs, json } = args.clone();
+    let common = Common { memory, cpus, medium, runs, json };
+    let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
+    if let Some(length) = slowdown {
+        return slowdowns(&pool, conditions, &common, &dirty, length);
+    }
+    let mut results = Vec::new();
+    for shape in common.shapes() {
+        for dirty in &dirty {
+            progress(&common, "snapshot", &shape);
+            results.push(snapshot::measure(&pool, shape, *dirty, runs as usize)?);
+        }
+    }
+    if json {
+        return output::json(&Results { conditions, results });
+    }
+    let rows: Vec<_> = results
+        .iter()
+        .map(|result| {
+            let mut row = shape_cells(&result.shape);
+            row.extend([result.dirty.to_string(), output::time(result.first.pause_ns)]);
+            row.push(result.pages.to_string());
+            row.extend(p50_p99(&result.pause));
+            row.extend(p50_p99(&result.store));
+            row.push(output::bytes(result.bytes_stored));
+            row
+        })
+        .collect();
+    let headings =
+        ["MEDIUM", "CPUS", "MEMORY", "DIRTY", "FIRST", "PAGES", "PAUSE P50", "P99", "STORE P50", "P99", "STORED"];
+    output::table(&headings, &rows);
+    tell(&conditions);
+    Ok(())
+}
+
+fn slowdowns(
+    pool: &BenchPool,
+    conditions: Conditions,
+    common: &Common,
+    dirty: &[ByteSize],
+    length: std::time::Duration,
+) -> anyhow::Result<()> {
+    const EVERY: std::time::Duration = std::time::Duration::from_millis(100);
+    let mut results = Vec::new();
+    for shape in common.shapes() {
+        for dirty in dirty {
+            progress(common, "slowdown", &shape);
+            results.push(snapshot::slowdown(pool, shape, *dirty, EVERY, length)?);
+        }
+    }
+    if common.json {
+        return output::json(&Results { conditions, results });
+    }
+    let rows: Vec<_> = results
+        .iter()
+        .map(|result| {
+            let mut row = shape_cells(&result.shape);
+            row.extend([result.dirty.to_string(), result.generations.to_string()]);
+            row.extend([result.without.to_string(), result.with.to_string(), format!("{:.1} %", result.per_cent)]);
+            row
+        })
+        .collect();
+    let headings = ["MEDIUM", "CPUS", "MEMORY", "DIRTY", "GENERATIONS", "PAGES/S WITHOUT", "WITH", "SLOWDOWN"];
+    output::table(&headings, &rows);
+    tell(&conditions);
+    Ok(())
+}
+
+fn resume(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
+    let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
+    let mut results = Vec::new();
+    for shape in args.common.shapes() {
+        progress(&args.common, "resume", &shape);
+        results.push(resume::measure(&pool, shape, args.common.runs as usize)?);
+    }
+    if args.common.json {
+        return output::json(&Results { conditions, results });
+    }
+    let rows: Vec<_> = results
+        .iter()
+        .map(|result| {
+            let mut row = shape_cells(&result.shape);
+            row.extend(p50_p99(&result.resume));
+            row.extend(p50_p99(&result.cold_start));
+            row.extend(p50_p99(&result.first_start));
+            row.push(output::bytes(result.vmm_pss_bytes));
+            row
+        })
+        .collect();
+    let headings = ["MEDIUM", "CPUS", "MEMORY", "RESUME P50", "P99", "COLD P50", "P99", "NEW VM P50", "P99", "VMM PSS"];
+    output::table(&headings, &rows);
+    tell(&conditions);
+    Ok(())
+}
+
+fn restore(parent: &Path, args: &StoreArgs) -> anyhow::Result<()> {
+    let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
+    let mut results = Vec::new();
+    for memory in &args.memory {
+        eprintln!("perdure: restore: {} runs, {memory}, depth {}", args.runs, args.generations);
+        results.extend(restore::measure(pool.directory(), *memory, args.generations, args.runs as usize)?);
+    }
+    if args.json {
+        return output::json(&Results { conditions, results });
+    }
+    let cells = |result: &restore::RestoreResult| {
+        vec![
+            result.memory.to_string(),
+            result.depth.to_string(),
+            match result.changes {
+                None => "-".to_owned(),
+                Some(store::Changes::InTurn) => "in turn".to_owned(),
+                Some(store::Changes::Scattered) => "scattered".to_owned(),
+            },
+            output::rate(result.raw_read),
+            output::rate(result.restore),
+            format!("{:.0} %", result.share * 100.0),
+            format!("{:.2}", result.amplification),
+            format!("{:.2}", result.slowdown),
+        ]
+    };
+    let headings = ["MEMORY", "DEPTH", "CHANGES", "RAW READ", "RESTORE", "SHARE", "READ/BYTE", "TIME/DEPTH 1"];
+    output::table(&headings, &results.iter().map(cells).collect::<Vec<_>>());
+    tell(&conditions);
+    Ok(())
+}
+
+fn store(parent: &Path, args: &StoreArgs) -> anyhow::Result<()> {
+    let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
+    let mut results = Vec::new();
+    for memory in &args.memory {
+        eprintln!("perdure: store: {} runs, {memory}, {} generations", args.runs, args.generations);
+        results.push(store::measure(pool.directory(), *memory, args.generations, args.runs as usize)?);
+    }
+    if args.json {
+        return output::json(&Results { conditions, results });
+    }
+    let cells = |result: &store::StoreResult| {
+        let mut row = vec![result.memory.to_string()];
+        row.extend([result.crc, result.hash, result.raw_write, result.store].map(output::rate));
+        row.push(format!("{:.0} %", result.share * 100.0));
+        row.extend(p50_p99(&result.small));
+        row.push(result.generations.to_string());
+        row.extend(p50_p99(&result.open));
+        row.extend(p50_p99(&result.purge));
+        row
+    };
+    let headings = [
+        "MEMORY",
+        "CRC",
+        "HASH",
+        "RAW WRITE",
+        "STORE",
+        "SHARE",
+        "64 PAGES P50",
+        "P99",
+        "GENERATIONS",
+        "OPEN P50",
+        "P99",
+        "PURGE P50",
+        "P99",
+    ];
+    output::table(&headings, &results.iter().map(cells).collect::<Vec<_>>());
+    tell(&conditions);
+    Ok(())
+}
+
+fn shape_cells(shape: &Shape) -> Vec<String> {
+    let medium = shape.medium.map(|medium| medium.to_string()).unwrap_or_default();
+    vec![medium, shape.cpus.to_string(), shape.memory.to_string()]
+}
+
+fn p50_p99(distribution: &Distribution) -> [String; 2] {
+    [output::time(distribution.p50_ns), output::time(distribution.p99_ns)]
+}
+
+fn tell(conditions: &Conditions) {
+    let Conditions { cpu, cpus, kernel, load } = conditions;
+    say!("{cpu}, {cpus} CPUs, Linux {kernel}, load {load}");
+}

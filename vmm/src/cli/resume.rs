@@ -1,0 +1,196 @@
+//! `perdure resume`
+
+use std::process::ExitCode;
+
+use allocator::Pool;
+use anyhow::Context as _;
+
+use super::progress::Progress;
+use super::survey::{VmState, names, survey};
+use super::{Environment, lineage, live, output};
+use crate::machine::config::{SerialTarget, VmConfig};
+use crate::machine::time::nanoseconds;
+use crate::persistence::recovery::{Doubt, assess};
+use crate::persistence::regions::{RegionsError, VmRegions};
+use crate::persistence::rollback::{Plan, Restored, Skipped, recover, roll_back};
+use crate::supervisor::Supervisor;
+use crate::supervisor::launch::{self, Role};
+
+/// Continue frozen virtual machines at their next instruction.
+///
+/// Memory is mapped where it lies: nothing is read, nothing is copied. A VM that was cut off while it ran, or whose context is
+/// damaged, goes back to its newest generation that verifies, and is told to have; if it has none it is left as it is, with a
+/// report of what was found.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Its name
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    name: Option<String>,
+    /// Go back to this generation first, as in 17; what was, if it was frozen, is kept as a generation
+    #[arg(long, value_name = "ID", conflicts_with = "all")]
+    generation: Option<String>,
+    /// With --generation: do not keep what was
+    #[arg(long, requires = "generation")]
+    discard: bool,
+    /// All that are frozen, or were cut off and have generations, in the order of their names; in the background
+    #[arg(long)]
+    all: bool,
+    /// Leave it in the background once it runs
+    #[arg(long)]
+    detach: bool,
+}
+
+pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
+    match &args.name {
+        Some(name) => {
+            let pool = environment.open_pool()?;
+            if Role::of_this_process() != Role::First {
+                return here(environment, live::hold(&pool, name)?);
+            }
+            let back = args.generation.as_ref().map(|id| Back { id, discard: args.discard });
+            let Prepared { regions, .. } = prepare(&pool, name, back.as_ref())?;
+            one(environment, &pool, regions, args.detach)
+        }
+        None => all(environment),
+    }
+}
+
+fn one(environment: &Environment, pool: &Pool, regions: VmRegions, detach: bool) -> anyhow::Result<ExitCode> {
+    if !(detach || std::io::IsTerminal::is_terminal(&std::io::stdin())) {
+        return here(environment, regions);
+    }
+    let (name, serial) = (regions.name().to_owned(), regions.config().serial.clone());
+    // The process of its own that may follow leases them itself.
+    drop(regions);
+    match live::elsewhere(environment, &name, detach, &serial)? {
+        Some(code) => Ok(code),
+        None => here(environment, live::hold(pool, &name)?),
+    }
+}
+
+/// Lives the VM's life in this process.
+fn here(environment: &Environment, regions: VmRegions) -> anyhow::Result<ExitCode> {
+    let begin = |keyboard| Ok(Supervisor::resume(environment.pool.clone(), regions, keyboard)?);
+    live::here(begin, |_| {})
+}
+
+/// The generation to go back to.
+struct Back<'a> {
+    id: &'a str,
+    discard: bool,
+}
+
+/// A VM's regions as it is to go on from them, if it can.
+struct Prepared {
+    regions: VmRegions,
+    /// Whether they were restored from a generation.
+    restored: bool,
+}
+
+/// Brings a VM that was cut off back to a generation, or any VM to the one that is asked for.
+fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>) -> anyhow::Result<Prepared> {
+    let mut regions = match live::hold(pool, name) {
+        Err(error @ RegionsError::NoContext { .. }) => match without_context(pool, name)? {
+            Some(regions) => regions,
+            None => return Err(error.into()),
+        },
+        other => other?,
+    };
+    let doubt = assess(&regions).err().filter(Doubt::calls_for_recovery);
+    if back.is_none() && doubt.is_none() {
+        return Ok(Prepared { regions, restored: false });
+    }
+    let mut progress = Progress::new(format!("restoring {name} ({})", output::bytes(regions.ram().size())));
+    let mut on_progress = |done, total| progress.pages(done, total);
+    let restored = match back {
+        Some(Back { id, discard }) => {
+            let id = lineage::id(name, id)?;
+            let Some(lineage) = lineage::of_held(pool, &regions)? else {
+                anyhow::bail!("VM {name} has no generations: `perdure snapshot {name}` takes one while it runs");
+            };
+            let rolled = roll_back(&lineage.store, &mut regions, &id, *discard, &mut on_progress);
+            rolled.with_context(|| match (regions.is_clean(), &doubt) {
+                (true, _) => format!("VM {name} was not rolled back, nothing was altered"),
+                (false, Some(_)) => format!("VM {name} was not rolled back"),
+                (false, None) => {
+                    format!("the rollback of VM {name} failed midway: `perdure resume {name}` recovers it")
+                }
+            })?
+        }
+        None => {
+            let Some(lineage) = lineage::of_held(pool, &regions)? else {
+                return Ok(Prepared { regions, restored: false });
+            };
+            recover(&lineage.store, &mut regions, &mut on_progress)
+                .with_context(|| format!("VM {name} was cut off while it ran"))?
+        }
+    };
+    drop(progress);
+    if let Some(doubt) = doubt {
+        eprintln!("perdure: {name} was not frozen: {}", doubt.found());
+    }
+    tell(name, &restored);
+    Ok(Prepared { regions, restored: true })
+}
+
+/// The regions of a VM whose context cannot be read, if a generation says what it is made of.
+fn without_context(pool: &Pool, name: &str) -> anyhow::Result<Option<VmRegions>> {
+    let Some(lineage) = lineage::find(pool, name)? else { return Ok(None) };
+    let ids = lineage.all().into_iter().rev().map(|generation| generation.id);
+    let mut plans = ids.filter_map(|id| Plan::new(&lineage.store, &id, name, None).ok());
+    let Some(plan) = plans.next() else { return Ok(None) };
+    let family = (lineage.family != name).then_some(lineage.family);
+    let config = VmConfig { family, ..plan.config().clone() };
+    Ok(Some(VmRegions::open_without_context(pool, name, config)?))
+}
+
+/// What became of it, on standard error: standard output may be the guest's.
+fn tell(name: &str, restored: &Restored) {
+    let Restored { generation, kept, skipped, report, took } = restored;
+    for Skipped { generation, why } in skipped {
+        eprintln!("perdure: {} is passed over: {why}", generation.id);
+    }
+    let label = generation.label.as_ref().map(|label| format!(" ({label})")).unwrap_or_default();
+    let (age, pages) = (lineage::age(lineage::age_ms(generation)), report.pages);
+    let took = output::time(nanoseconds(*took));
+    eprintln!("perdure: {name} goes on from generation {}{label}, {age} old ({pages} pages in {took})", generation.id);
+    if let Some(kept) = kept {
+        eprintln!("perdure: what was is generation {}", kept.id);
+    }
+    if report.saved_by_redundancy > 0 {
+        let saved = report.saved_by_redundancy;
+        eprintln!("perdure: {saved} pages had a damaged copy: `perdure scrub {name} --repair` heals them");
+    }
+    if !report.damaged.is_empty() {
+        let lost = report.damaged.len();
+        eprintln!("perdure: {lost} pages are lost in every copy and were left zero, as `integrity: warn` wants it");
+    }
+}
+
+fn all(environment: &Environment) -> anyhow::Result<ExitCode> {
+    if let Role::Detached(_) = Role::of_this_process() {
+        let name = std::env::var(launch::NAME).unwrap_or_default();
+        return here(environment, live::hold(&environment.open_pool()?, &name)?);
+    }
+    let pool = environment.open_pool()?;
+    let mut code = ExitCode::SUCCESS;
+    for name in names(&pool) {
+        match survey(environment, &pool, &name)?.state {
+            VmState::Frozen => {}
+            VmState::Unclean | VmState::Damaged => match prepare(&pool, &name, None) {
+                Ok(Prepared { restored: true, .. }) => {}
+                Ok(Prepared { restored: false, .. }) => continue,
+                Err(error) => {
+                    eprintln!("perdure: {name}: {}", super::one_line(&error));
+                    code = ExitCode::FAILURE;
+                    continue;
+                }
+            },
+            _ => continue,
+        }
+        if live::elsewhere(environment, &name, true, &SerialTarget::None)? != Some(ExitCode::SUCCESS) {
+            code = ExitCode::FAILURE;
+        }
+    }
+    Ok(code)
+}

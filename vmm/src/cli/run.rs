@@ -1,0 +1,184 @@
+//! `perdure run`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use allocator::{MediumKind, Pool};
+use anyhow::{Context as _, bail};
+
+use super::{Environment, live, names, retention, survey};
+use crate::machine::config::{ByteSize, ClockPolicy, Kernel, SerialTarget, VmConfig};
+use crate::persistence::recovery::assess;
+use crate::persistence::regions::{RegionsError, VmRegions};
+use crate::supervisor::launch::NAME;
+use crate::supervisor::{Ended, Supervisor};
+
+/// Start a virtual machine.
+///
+/// A new NAME gets regions for its memory (NAME/ram) and its context (NAME/context) in the pool. A NAME that is there, and
+/// whose guest has ended, is started anew with what it is made of, except for what is given here. Without NAME a fresh one
+/// is made up and printed; such a VM is removed when its guest powers off, and stays when it is frozen.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  perdure run                                           the embedded guest 'counter', on this terminal
+  perdure run web --kernel vmlinuz --initrd initrd --cmdline 'console=ttyS0' --memory 1G --cpus 2
+  perdure run web --guest memwalk --cmdline 'pattern=zipf ws=64M' --serial none --detach
+
+On a terminal all keys go to the guest; Ctrl-] leaves the VM running in the background.")]
+pub(super) struct Args {
+    /// Its name in the pool
+    name: Option<String>,
+    /// An embedded guest: counter, echo, memwalk, smp, … (`perdure doctor` lists them)
+    #[arg(long, value_name = "BUILTIN", conflicts_with_all = ["kernel", "initrd"])]
+    guest: Option<String>,
+    /// A kernel: ELF (64-bit entry or PVH) or bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Its initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Memory, as in 512M or 4G [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
+    /// What its regions lie on: file, dax or nvdimm [default: the pool's]
+    #[arg(long, value_name = "MEDIUM")]
+    medium: Option<MediumKind>,
+    /// The serial port: stdio, none, or a file to append to [default: stdio; none with --detach]
+    #[arg(long, value_name = "stdio|FILE|none")]
+    serial: Option<SerialTarget>,
+    /// The guest's clocks at an outage: continue, or realtime (jump over it) [default: continue]
+    #[arg(long, value_name = "POLICY")]
+    clock: Option<ClockPolicy>,
+    /// All of this from a JSON file; what is given here goes before it
+    #[arg(long, value_name = "FILE.json")]
+    config: Option<PathBuf>,
+    /// Leave it in the background once it runs
+    #[arg(long)]
+    detach: bool,
+    #[command(flatten)]
+    generations: retention::RetentionArgs,
+}
+
+pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
+    let pool = environment.open_or_create_pool()?;
+    let name = match &args.name {
+        Some(name) => name.clone(),
+        None => std::env::var(NAME).unwrap_or_else(|_| names::fresh(&survey::names(&pool))),
+    };
+    let made_up = args.name.is_none();
+    let stored = if survey::names(&pool).contains(&name) { startable(&pool, &name)? } else { None };
+    let existing = stored.is_some();
+    let config = args.configure(stored.as_ref().map(|regions| regions.config().clone()))?;
+    // The process of its own that may follow leases them itself.
+    drop(stored);
+    if let Some(code) = live::elsewhere(environment, &name, args.detach, &config.serial)? {
+        return Ok(code);
+    }
+    if made_up {
+        eprintln!("perdure: this VM is called {name}");
+    }
+    let begin = |keyboard| {
+        let regions = if existing { reuse(&pool, &name, &config)? } else { VmRegions::create(&pool, &name, &config)? };
+        let booted = Supervisor::boot(environment.pool.clone(), regions, keyboard);
+        if booted.is_err() && !existing {
+            // A VM that never ran is nothing to keep: the same command, corrected, is to find none.
+            if let Err(error) = super::remove::free(&pool, &name) {
+                tracing::warn!("{name} is not removed: {}", super::one_line(&error));
+            }
+        }
+        Ok(booted?)
+    };
+    let after = |ended: &Ended| {
+        if made_up && matches!(ended, Ended::PoweredOff | Ended::Stopped | Ended::DebugExit(_)) {
+            let removed = environment.open_pool().and_then(|pool| super::remove::free(&pool, &name));
+            if let Err(error) = removed {
+                tracing::warn!("{name} is not removed: {}", super::one_line(&error));
+            }
+        }
+    };
+    live::here(begin, after)
+}
+
+/// The regions of a VM that there is, if it may be started anew. What an interrupted start left is taken away.
+fn startable(pool: &Pool, name: &str) -> anyhow::Result<Option<VmRegions>> {
+    let regions = match live::hold(pool, name) {
+        Err(RegionsError::Unfinished(_)) => {
+            super::remove::free(pool, name)?;
+            return Ok(None);
+        }
+        other => other?,
+    };
+    if assess(&regions).is_ok() {
+        let advice = format!("`perdure resume {name}` continues it, `perdure remove --force {name}` gives it up");
+        return Err(RegionsError::Exists { name: name.to_owned(), standing: "frozen", advice }.into());
+    }
+    Ok(Some(regions))
+}
+
+fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions> {
+    let mut regions = startable(pool, name)?.ok_or_else(|| RegionsError::NoSuchVm(name.to_owned()))?;
+    let (size, medium) = (regions.ram().size(), regions.medium());
+    if config.memory.0 != size {
+        bail!(
+            "VM {name} has {} of memory, not {}: that cannot change; `perdure remove {name}` first",
+            ByteSize(size),
+            config.memory
+        );
+    }
+    if config.medium.is_some_and(|wanted| wanted != medium) {
+        bail!("VM {name} lies on {medium}: that cannot change; `perdure remove {name}` first");
+    }
+    if config.cpus != regions.config().cpus {
+        bail!(
+            "VM {name} has {} CPUs, not {}: that cannot change; `perdure remove {name}` first",
+            regions.config().cpus,
+            config.cpus
+        );
+    }
+    regions.set_config(config.clone());
+    Ok(regions)
+}
+
+impl Args {
+    /// What the VM is made of: the file, or what it was before, or the defaults; and over it what was given.
+    fn configure(&self, stored: Option<VmConfig>) -> anyhow::Result<VmConfig> {
+        let mut config = match &self.config {
+            Some(path) => read_config(path)?,
+            None => stored.unwrap_or_default(),
+        };
+        if let Some(guest) = &self.guest {
+            config.kernel = Kernel::Guest(guest.clone());
+        }
+        if let Some(path) = &self.kernel {
+            let initrd = self.initrd.as_ref().map(std::path::absolute).transpose()?;
+            config.kernel = Kernel::File { path: std::path::absolute(path)?, initrd };
+        }
+        if let Some(cmdline) = &self.cmdline {
+            config.cmdline.clone_from(cmdline);
+        }
+        config.cpus = self.cpus.unwrap_or(config.cpus);
+        config.memory = self.memory.unwrap_or(config.memory);
+        config.medium = self.medium.or(config.medium);
+        config.clock = self.clock.unwrap_or(config.clock);
+        match &self.serial {
+            Some(SerialTarget::File(path)) => config.serial = SerialTarget::File(std::path::absolute(path)?),
+            Some(target) => config.serial = target.clone(),
+            None => {}
+        }
+        self.generations.configure(&mut config);
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+fn read_config(path: &PathBuf) -> anyhow::Result<VmConfig> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} does not describe a VM", path.display()))
+}

@@ -1,0 +1,277 @@
+//! What a VM is made of: given on the command line or in a file, checked once, saved with the VM.
+
+pub mod generations;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use allocator::MediumKind;
+use serde::{Deserialize, Serialize};
+
+use super::memory::PAGE_SIZE;
+use generations::GenerationsConfig;
+
+/// A number of bytes, written as in `512M` or `4G` (binary units).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ByteSize(pub u64);
+
+/// A size that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a size: write a whole number with K, M, G or T, as in 512M or 4G")]
+pub struct SizeError(String);
+
+const UNITS: [(&str, u32); 4] = [("T", 40), ("G", 30), ("M", 20), ("K", 10)];
+
+impl FromStr for ByteSize {
+    type Err = SizeError;
+
+    fn from_str(text: &str) -> Result<Self, SizeError> {
+        let error = || SizeError(text.to_owned());
+        let upper = text.trim().to_ascii_uppercase();
+        let upper = upper.strip_suffix("IB").or_else(|| upper.strip_suffix('B')).unwrap_or(&upper);
+        let (digits, shift) =
+            UNITS.iter().find_map(|(unit, shift)| Some((upper.strip_suffix(unit)?, *shift))).unwrap_or((upper, 0));
+        if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(error());
+        }
+        let number: u64 = digits.parse().map_err(|_| error())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(error)
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fits = |shift: u32| self.0 != 0 && self.0.is_multiple_of(1 << shift);
+        match UNITS.iter().find(|(_, shift)| fits(*shift)) {
+            Some((unit, shift)) => write!(f, "{}{unit}", self.0 >> shift),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+impl Serialize for ByteSize {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Bytes(u64),
+            Text(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Bytes(bytes) => Ok(Self(bytes)),
+            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// What the guest's clocks do with the time of an outage.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClockPolicy {
+    /// They go on from where they stood: the guest does not notice.
+    #[default]
+    Continue,
+    /// They jump over the outage: the guest's time is right.
+    Realtime,
+}
+
+/// The program that the VM starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Kernel {
+    /// One of the embedded guests, by name.
+    Guest(String),
+    /// A file: ELF or bzImage.
+    File {
+        /// The kernel.
+        path: PathBuf,
+        /// Its initial RAM disk.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        initrd: Option<PathBuf>,
+    },
+}
+
+/// Where the guest's serial port leads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SerialTarget {
+    /// The terminal.
+    Stdio,
+    /// Nowhere, except to `perdure console`.
+    None,
+    /// A file, which grows; also across resumes.
+    File(PathBuf),
+}
+
+impl FromStr for SerialTarget {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "stdio" => Self::Stdio,
+            "none" => Self::None,
+            path => Self::File(PathBuf::from(path)),
+        })
+    }
+}
+
+/// What a VM is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// How many vCPUs.
+    pub cpus: u32,
+    /// How much memory the guest sees.
+    pub memory: ByteSize,
+    /// Where its regions lie; the pool's default if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub medium: Option<MediumKind>,
+    /// What it starts.
+    pub kernel: Kernel,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Where the serial port leads.
+    pub serial: SerialTarget,
+    /// What its clocks do at an outage.
+    pub clock: ClockPolicy,
+    /// A generation is taken each time this many milliseconds have passed; `None`: only when asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_every_ms: Option<u64>,
+    /// The VMs that share a store of generations: a VM and its forks. Its own name if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
+    /// How generations are stored, and which stay.
+    pub generations: GenerationsConfig,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            memory: ByteSize(512 << 20),
+            medium: None,
+            kernel: Kernel::Guest("counter".to_owned()),
+            cmdline: String::new(),
+            serial: SerialTarget::Stdio,
+            clock: ClockPolicy::default(),
+            snapshot_every_ms: None,
+            family: None,
+            generations: GenerationsConfig::default(),
+        }
+    }
+}
+
+/// A configuration that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// No CPU, or too many.
+    #[error("--cpus {0}: a VM has from 1 to {MAX_CPUS} CPUs")]
+    Cpus(u32),
+    /// Too little memory, too much, or not whole pages.
+    #[error("--memory {0}: a VM has from {MIN_MEMORY} to {MAX_MEMORY} of memory, in whole pages of 4K")]
+    Memory(ByteSize),
+    /// An embedded guest that there is not.
+    #[error("there is no embedded guest '{name}'; there are: {known}")]
+    Guest {
+        /// Asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// Generations at no interval.
+    #[error("--snapshot-every {0} ms: from {MIN_INTERVAL_MS} ms on")]
+    Interval(u64),
+    /// A command line that no kernel could take.
+    #[error("the kernel command line contains a zero byte")]
+    Cmdline,
+}
+
+/// Generations cannot follow one another more quickly than this, in milliseconds.
+pub const MIN_INTERVAL_MS: u64 = 10;
+/// As many as the xAPIC IDs of the MADT reach.
+pub const MAX_CPUS: u32 = 254;
+/// Enough for the tables that a boot needs.
+pub const MIN_MEMORY: ByteSize = ByteSize(2 << 20);
+/// 64 TiB: what 46 physical address bits reach.
+pub const MAX_MEMORY: ByteSize = ByteSize(1 << 46);
+
+impl VmConfig {
+    /// Checks everything that can be checked without the host.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(ConfigError::Cpus(self.cpus));
+        }
+        let memory = self.memory;
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&memory) || !memory.0.is_multiple_of(PAGE_SIZE) {
+            return Err(ConfigError::Memory(memory));
+        }
+        if let Some(interval) = self.snapshot_every_ms.filter(|interval| *interval < MIN_INTERVAL_MS) {
+            return Err(ConfigError::Interval(interval));
+        }
+        if self.cmdline.contains('\0') {
+            return Err(ConfigError::Cmdline);
+        }
+        match &self.kernel {
+            Kernel::Guest(name) if guests::by_name(name).is_none() => {
+                let known: Vec<_> = guests::all().iter().map(|guest| guest.name).collect();
+                Err(ConfigError::Guest { name: name.clone(), known: known.join(", ") })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_binary_and_written_back_as_they_were() {
+        for (text, bytes) in
+            [("4096", 4096), ("512M", 512 << 20), ("4G", 4 << 30), ("1t", 1 << 40), ("16KiB", 16 << 10)]
+        {
+            assert_eq!(text.parse::<ByteSize>().unwrap().0, bytes, "{text}");
+        }
+        assert_eq!(ByteSize(512 << 20).to_string(), "512M");
+        assert_eq!(ByteSize(1).to_string(), "1");
+    }
+
+    #[test]
+    fn sizes_that_are_none_are_refused() {
+        for text in ["", "M", "-1", "+1", "1.5G", "1X", "99999999999T", "1 2"] {
+            assert!(text.parse::<ByteSize>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_config_survives_json_and_unknown_fields_do_not_pass() {
+        let config = VmConfig { memory: ByteSize(1 << 30), ..VmConfig::default() };
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
+        assert!(serde_json::from_str::<VmConfig>(r#"{"memroy":"1G"}"#).is_err());
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_reason() {
+        let refuse = |config: VmConfig, what: &str| {
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        };
+        refuse(VmConfig { cpus: 0, ..VmConfig::default() }, "--cpus 0");
+        refuse(VmConfig { cpus: 255, ..VmConfig::default() }, "--cpus 255");
+        refuse(VmConfig { memory: ByteSize(4097 << 10 | 1), ..VmConfig::default() }, "--memory");
+        refuse(VmConfig { kernel: Kernel::Guest("nobody".into()), ..VmConfig::default() }, "counter");
+        refuse(VmConfig { snapshot_every_ms: Some(0), ..VmConfig::default() }, "--snapshot-every 0");
+        refuse(VmConfig { cmdline: "a\0b".into(), ..VmConfig::default() }, "zero byte");
+    }
+}

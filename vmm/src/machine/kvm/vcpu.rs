@@ -1,0 +1,393 @@
+//! One vCPU, and the thread that runs it.
+//!
+//! ```text
+//!            run()                    pause(): flag, immediate_exit, signal
+//!   Idle ───────────► Running ─────────────────────────────────────────────► Idle
+//!    │ save()            │ the guest asked for power-off, or cannot go on ───► Idle
+//! ```
+//!
+//! A vCPU pauses only when `KVM_RUN` returned `EINTR`. With `immediate_exit` set KVM first completes the port or MMIO
+//! access that the last exit began (and exits again if a string instruction goes on), and only then returns: so no
+//! access is half done in the saved state, and none is done twice.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{KVM_EXIT_IO_IN, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::failure::{Position, VcpuFailure};
+use super::state::VcpuStateV1;
+use super::{KvmError, Vm, registers};
+
+/// How long a vCPU may take to stop before we call it stuck. A guest cannot cause it: KVM looks for signals between
+/// any two instructions.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What the guest's accesses reach: the machine's buses.
+pub trait Accesses: Send + Sync {
+    /// `IN`.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// `OUT`.
+    fn port_write(&self, port: u16, data: &[u8]);
+    /// A load from an address where no memory is.
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    /// A store to an address where no memory is.
+    fn mmio_write(&self, address: u64, data: &[u8]);
+    /// Whether the machine is to stop (power-off, reset): asked after each access.
+    fn is_stopping(&self) -> bool;
+    /// A vCPU cannot go on: the machine is to stop.
+    fn stop(&self);
+}
+
+/// What a vCPU tells its supervisor of its own accord.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VcpuEvent {
+    /// It cannot go on.
+    Failed(VcpuFailure),
+}
+
+/// Receives what vCPUs tell.
+pub type VcpuEvents = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
+
+/// A vCPU whose thread runs.
+#[derive(Debug)]
+pub struct Vcpu {
+    index: u32,
+    shared: Arc<Shared>,
+    commands: Option<mpsc::Sender<Command>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Command {
+    Run,
+    Save(mpsc::Sender<Result<VcpuStateV1, KvmError>>),
+    NotifyPaused,
+}
+
+#[derive(Debug)]
+struct Shared {
+    running: Mutex<bool>,
+    idle: Condvar,
+    pause: AtomicBool,
+    immediate_exit: ImmediateExit,
+}
+
+/// The byte in the shared `kvm_run` page that makes `KVM_RUN` return at once.
+#[derive(Debug)]
+struct ImmediateExit(*mut u8);
+
+// SAFETY: the pointer is only used through an AtomicU8, from any thread, while the page is mapped (see `set`).
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    fn of(run: &mut kvm_run) -> Self {
+        Self(&raw mut run.immediate_exit)
+    }
+
+    fn set(&self, value: u8) {
+        // SAFETY: the byte lies in the kvm_run page, mapped until the VcpuFd is dropped, which is the thread's last
+        // act; `set` is called by that thread, or by `Vcpu` before it joins the thread. The kernel reads it as a byte.
+        unsafe { AtomicU8::from_ptr(self.0) }.store(value, Ordering::SeqCst);
+    }
+}
+
+impl Shared {
+    fn running(&self) -> MutexGuard<'_, bool> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_idle(&self) {
+        *self.running() = false;
+        self.idle.notify_all();
+    }
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // Only its arrival counts: it makes KVM_RUN return EINTR.
+}
+
+fn install_kick_handler() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if let Err(error) = register_signal_handler(SIGRTMIN(), on_kick) {
+            tracing::error!("cannot install the handler that stops vCPUs: {error}");
+        }
+    });
+}
+
+impl Vcpu {
+    /// Starts the thread of a vCPU whose registers are set. It is idle until [`Vcpu::run`].
+    ///
+    /// # Errors
+    /// [`KvmError::Spawn`].
+    pub fn start(
+        vm: &Vm,
+        index: u32,
+        mut fd: VcpuFd,
+        msr_indices: Arc<[u32]>,
+        accesses: Arc<dyn Accesses>,
+        events: VcpuEvents,
+    ) -> Result<Self, KvmError> {
+        install_kick_handler();
+        let shared = Arc::new(Shared {
+            running: Mutex::new(false),
+            idle: Condvar::new(),
+            pause: AtomicBool::new(false),
+            immediate_exit: ImmediateExit::of(fd.get_kvm_run()),
+        });
+        let (commands, inbox) = mpsc::channel();
+        let runner = Runner { index, vm: vm.clone(), fd, msr_indices, accesses, events, shared: Arc::clone(&shared) };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || runner.serve(&inbox))
+            .map_err(|source| KvmError::Spawn { index, source })?;
+        Ok(Self { index, shared, commands: Some(commands), thread: Some(thread) })
+    }
+
+    fn send(&self, command: Command) -> Result<(), KvmError> {
+        let commands = self.commands.as_ref().ok_or(KvmError::ThreadGone(self.index))?;
+        commands.send(command).map_err(|_| KvmError::ThreadGone(self.index))
+    }
+
+    /// Lets the vCPU run.
+    ///
+    /// # Errors
+    /// [`KvmError::ThreadGone`].
+    pub fn run(&self) -> Result<(), KvmError> {
+        self.shared.pause.store(false, Ordering::SeqCst);
+        self.shared.immediate_exit.set(0);
+        *self.shared.running() = true;
+        self.send(Command::Run)
+    }
+
+    /// Asks the vCPU to stop, without waiting for it: so that all of them stop at once.
+    pub fn request_pause(&self) {
+        self.shared.pause.store(true, Ordering::SeqCst);
+        self.shared.immediate_exit.set(1);
+        self.kick();
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // An error means that the thread has ended: `wait_idle` finds that out.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+
+    /// Waits until the vCPU has stopped, its last access complete.
+    ///
+    /// # Errors
+    /// [`KvmError::Stuck`] after five seconds, [`KvmError::ThreadGone`].
+    pub fn wait_idle(&self) -> Result<(), KvmError> {
+        let start = Instant::now();
+        let mut running = self.shared.running();
+        while *running {
+            if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+                return Err(KvmError::ThreadGone(self.index));
+            }
+            if start.elapsed() > STOP_DEADLINE {
+                return Err(KvmError::Stuck(self.index, STOP_DEADLINE));
+            }
+            let waited = self.shared.idle.wait_timeout(running, Duration::from_millis(20));
+            running = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    /// Begins to read the state of an idle vCPU, on its own thread; the result comes through the receiver.
+    ///
+    /// # Errors
+    /// [`KvmError::ThreadGone`].
+    pub fn begin_save(&self) -> Result<PendingSave, KvmError> {
+        let (reply, result) = mpsc::channel();
+        self.send(Command::Save(reply))?;
+        Ok(PendingSave { index: self.index, result })
+    }
+
+    /// Tells the guest that it was stopped, so that it does not take the gap for a hung CPU (`KVM_KVMCLOCK_CTRL`).
+    ///
+    /// # Errors
+    /// [`KvmError::ThreadGone`].
+    pub fn notify_paused(&self) -> Result<(), KvmError> {
+        self.send(Command::NotifyPaused)
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.request_pause();
+        drop(self.commands.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A save under way.
+#[derive(Debug)]
+pub struct PendingSave {
+    index: u32,
+    result: mpsc::Receiver<Result<VcpuStateV1, KvmError>>,
+}
+
+impl PendingSave {
+    /// Waits for the state.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`], [`KvmError::ThreadGone`].
+    pub fn wait(self) -> Result<VcpuStateV1, KvmError> {
+        self.result.recv().map_err(|_| KvmError::ThreadGone(self.index))?
+    }
+}
+
+/// What the thread owns.
+struct Runner {
+    index: u32,
+    vm: Vm,
+    fd: VcpuFd,
+    msr_indices: Arc<[u32]>,
+    accesses: Arc<dyn Accesses>,
+    events: VcpuEvents,
+    shared: Arc<Shared>,
+}
+
+impl Runner {
+    fn serve(mut self, inbox: &mpsc::Receiver<Command>) {
+        while let Ok(command) = inbox.recv() {
+            match command {
+                Command::Run => {
+                    if let Err(failure) = self.run_until_paused() {
+                        self.accesses.stop();
+                        (self.events)(VcpuEvent::Failed(failure));
+                    }
+                    self.shared.set_idle();
+                }
+                // Nobody waits any more if the reply cannot be sent.
+                Command::Save(reply) => drop(reply.send(registers::save(&self.vm, &self.fd, &self.msr_indices))),
+                Command::NotifyPaused => {
+                    // EINVAL: the guest has not set up kvmclock, so there is nobody to tell.
+                    let _ = self.fd.kvmclock_ctrl();
+                }
+            }
+        }
+    }
+
+    fn run_until_paused(&mut self) -> Result<(), VcpuFailure> {
+        loop {
+            match self.fd.run() {
+                Ok(exit) => match handle(exit, &*self.accesses) {
+                    Handled::Done => {}
+                    Handled::PortIo => self.port_io(),
+                    Handled::Cannot(reason) => return Err(self.explain(reason)),
+                },
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    if self.shared.pause.load(Ordering::SeqCst) {
+                        return Ok(());
+                    }
+                    self.shared.immediate_exit.set(0);
+                }
+                Err(error) if error.errno() == libc::EFAULT => return Err(self.explain(Cannot::Memory(0))),
+                Err(error) => return Err(self.explain(Cannot::Run(error.to_string()))),
+            }
+            if self.accesses.is_stopping() {
+                return self.complete_access();
+            }
+        }
+    }
+
+    /// Lets KVM finish the access that made the machine stop, without running the guest any further.
+    fn complete_access(&mut self) -> Result<(), VcpuFailure> {
+        self.shared.immediate_exit.set(1);
+        match self.fd.run() {
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
+    /// A port access: `rep outs` and `rep ins` bring several elements at once, all to the same port.
+    fn port_io(&mut self) {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        // SAFETY: this thread just saw KVM_EXIT_IO, so `io` is the member of the union that the kernel filled.
+        let io = unsafe { (*run).__bindgen_anon_1.io };
+        let size = usize::from(io.size).max(1);
+        let length = size * io.count as usize;
+        // SAFETY: the kernel put `count` elements of `size` bytes at `data_offset` into the kvm_run mapping, which
+        // lives as long as `fd`; KVM_RUN has not been entered since, and no other reference into the mapping is held.
+        let data = unsafe { std::slice::from_raw_parts_mut(run.cast::<u8>().add(io.data_offset as usize), length) };
+        for element in data.chunks_mut(size) {
+            if u32::from(io.direction) == KVM_EXIT_IO_IN {
+                self.accesses.port_read(io.port, element);
+            } else {
+                self.accesses.port_write(io.port, element);
+            }
+        }
+    }
+
+    fn explain(&mut self, reason: Cannot) -> VcpuFailure {
+        let (index, at) = (self.index, registers::position(&self.fd));
+        match reason {
+            Cannot::Shutdown => VcpuFailure::TripleFault { index, at },
+            Cannot::Memory(address) => VcpuFailure::Memory { index, address, at },
+            Cannot::Entry(reason) => VcpuFailure::Entry { index, reason, at },
+            Cannot::Unknown(reason) => VcpuFailure::Unknown { index, reason, at },
+            Cannot::Run(why) => VcpuFailure::Run { index, why, at },
+            Cannot::Internal => self.explain_internal(at),
+        }
+    }
+
+    fn explain_internal(&mut self, at: Position) -> VcpuFailure {
+        const EMULATION: u32 = 1;
+        const HAS_INSTRUCTION_BYTES: u64 = 1;
+        let index = self.index;
+        // SAFETY: this thread just saw KVM_EXIT_INTERNAL_ERROR, whose member of the union this is; it is plain data.
+        let error = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.emulation_failure };
+        if error.suberror != EMULATION {
+            return VcpuFailure::Internal { index, suberror: error.suberror, at };
+        }
+        // SAFETY: as above; the inner union has one member.
+        let detail = unsafe { error.__bindgen_anon_1.__bindgen_anon_1 };
+        let known = error.ndata >= 1 && error.flags & HAS_INSTRUCTION_BYTES != 0;
+        let length = if known { usize::from(detail.insn_size).min(detail.insn_bytes.len()) } else { 0 };
+        VcpuFailure::Emulation { index, at, bytes: detail.insn_bytes[..length].to_vec() }
+    }
+}
+
+enum Handled {
+    Done,
+    PortIo,
+    Cannot(Cannot),
+}
+
+enum Cannot {
+    Shutdown,
+    Internal,
+    Memory(u64),
+    Entry(u64),
+    Unknown(String),
+    Run(String),
+}
+
+fn handle(exit: VcpuExit<'_>, accesses: &dyn Accesses) -> Handled {
+    match exit {
+        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => Handled::PortIo,
+        VcpuExit::MmioRead(address, data) => {
+            accesses.mmio_read(address, data);
+            Handled::Done
+        }
+        VcpuExit::MmioWrite(address, data) => {
+            accesses.mmio_write(address, data);
+            Handled::Done
+        }
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => Handled::Done,
+        VcpuExit::Shutdown => Handled::Cannot(Cannot::Shutdown),
+        VcpuExit::InternalError => Handled::Cannot(Cannot::Internal),
+        VcpuExit::FailEntry(reason, _) => Handled::Cannot(Cannot::Entry(reason)),
+        VcpuExit::MemoryFault { gpa, .. } => Handled::Cannot(Cannot::Memory(gpa)),
+        other => Handled::Cannot(Cannot::Unknown(format!("{other:?}"))),
+    }
+}

@@ -1,0 +1,239 @@
+//! Guest RAM: host memory, placed at guest physical addresses on both sides of the hole below 4 GiB.
+
+use std::sync::Arc;
+
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use super::boot::layout;
+pub use super::boot::layout::PAGE_SIZE;
+use super::dirty::PageSet;
+
+/// Host memory that a guest may be given.
+///
+/// # Safety
+/// `len()` bytes at `as_ptr()` are mapped readable and writable for as long as the value lives, at a fixed address, and
+/// nothing in this process holds a Rust reference into them.
+pub unsafe trait HostMemory: Send + Sync + std::fmt::Debug {
+    /// The first byte; page-aligned.
+    fn as_ptr(&self) -> *mut u8;
+    /// How many bytes.
+    fn len(&self) -> usize;
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+// SAFETY: a Mapping unmaps only when it is dropped, does not move, and hands out no references into the memory.
+unsafe impl HostMemory for allocator::Mapping {
+    fn as_ptr(&self) -> *mut u8 {
+        Self::as_ptr(self)
+    }
+
+    fn len(&self) -> usize {
+        Self::len(self)
+    }
+}
+
+/// RAM of a VM that is not to outlive anything: `doctor`'s probes.
+#[derive(Debug)]
+pub struct Anonymous(MmapRegion);
+
+impl Anonymous {
+    /// Maps `size` bytes of zeros.
+    ///
+    /// # Errors
+    /// [`MemoryError::Map`].
+    pub fn new(size: usize) -> Result<Self, MemoryError> {
+        MmapRegion::new(size).map(Self).map_err(MemoryError::Map)
+    }
+}
+
+// SAFETY: an owned MmapRegion unmaps only when it is dropped, does not move, and no reference into it is made here.
+unsafe impl HostMemory for Anonymous {
+    fn as_ptr(&self) -> *mut u8 {
+        self.0.as_ptr()
+    }
+
+    fn len(&self) -> usize {
+        self.0.size()
+    }
+}
+
+/// Why guest memory could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// `mmap` failed.
+    #[error("cannot map memory for the guest")]
+    Map(#[source] vm_memory::mmap::MmapRegionError),
+    /// The pieces do not fit together.
+    #[error("cannot place {0} bytes of RAM at guest addresses")]
+    Place(u64),
+    /// Pages that there are not.
+    #[error("cannot read {count} pages of RAM from page {first} on: there are {pages}")]
+    Read {
+        /// The first.
+        first: u64,
+        /// How many.
+        count: u64,
+        /// How many there are.
+        pages: u64,
+    },
+}
+
+/// The type of guest memory that everything in here uses: with a bitmap of pages that the VMM itself wrote.
+pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+
+/// One stretch of RAM: where the guest sees it, where we do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRange {
+    /// Guest physical address.
+    pub guest_address: u64,
+    /// Our address.
+    pub host_address: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// The RAM of a VM. The host memory stays mapped for as long as this lives.
+#[derive(Debug)]
+pub struct GuestRam {
+    memory: GuestMemory,
+    ranges: Vec<RamRange>,
+    _host: Box<dyn HostMemory>,
+}
+
+impl GuestRam {
+    /// Places `host` at guest addresses: from 0, and what does not fit below the hole from 4 GiB.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn place(host: Box<dyn HostMemory>) -> Result<Arc<Self>, MemoryError> {
+        let size = host.len() as u64;
+        let (low, high) = layout::ram_ranges(size);
+        let mut ranges = Vec::new();
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for guest in std::iter::once(low).chain(high) {
+            let length = guest.end - guest.start;
+            // SAFETY: `ram_ranges` splits exactly `size` bytes, so `offset` stays within `host`'s memory.
+            let pointer = unsafe { host.as_ptr().add(offset) };
+            regions.push(region(pointer, guest.start, length)?);
+            ranges.push(RamRange { guest_address: guest.start, host_address: pointer as u64, length });
+            offset += usize::try_from(length).map_err(|_| MemoryError::Place(size))?;
+        }
+        let memory = GuestMemory::from_regions(regions).map_err(|_| MemoryError::Place(size))?;
+        Ok(Arc::new(Self { memory, ranges, _host: host }))
+    }
+
+    /// Where the RAM lies.
+    #[must_use]
+    pub fn ranges(&self) -> &[RamRange] {
+        &self.ranges
+    }
+
+    /// For reading and writing the guest's memory with its addresses checked.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// How many pages there are.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.ranges.iter().map(|range| range.length / PAGE_SIZE).sum()
+    }
+
+    /// Copies whole pages out of the RAM, from page `first` on, as they lie in the region. If the guest writes meanwhile, a page may
+    /// be half old and half new.
+    ///
+    /// # Errors
+    /// [`MemoryError::Read`].
+    pub fn copy_pages(&self, first: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        let count = into.len() as u64 / PAGE_SIZE;
+        let beyond = || MemoryError::Read { first, count, pages: self.pages() };
+        let mut at = first.checked_mul(PAGE_SIZE).ok_or_else(beyond)?;
+        let mut rest = into;
+        for range in &self.ranges {
+            if at < range.length && !rest.is_empty() {
+                let here = usize::try_from(range.length - at).unwrap_or(usize::MAX).min(rest.len());
+                let (now, later) = rest.split_at_mut(here);
+                self.memory.read_slice(now, GuestAddress(range.guest_address + at)).map_err(|_| beyond())?;
+                (rest, at) = (later, 0);
+            } else {
+                at = at.saturating_sub(range.length);
+            }
+        }
+        if rest.is_empty() { Ok(()) } else { Err(beyond()) }
+    }
+
+    /// Adds the pages that the VMM itself wrote since the last call; each is told once.
+    pub(super) fn take_written(&self, into: &mut PageSet) {
+        let mut first = 0;
+        for region in self.memory.iter() {
+            let mapping: &MmapRegion<AtomicBitmap> = region;
+            into.merge(first, &mapping.bitmap().get_and_reset());
+            first += region.len() / PAGE_SIZE;
+        }
+    }
+}
+
+fn region(pointer: *mut u8, guest: u64, length: u64) -> Result<GuestRegionMmap<AtomicBitmap>, MemoryError> {
+    let place = || MemoryError::Place(length);
+    let size = usize::try_from(length).map_err(|_| place())?;
+    let page = std::num::NonZeroUsize::new(PAGE_SIZE as usize).ok_or_else(place)?;
+    let builder = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::new(size, page))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED);
+    // SAFETY: `pointer` and `size` lie within the memory of the HostMemory that GuestRam keeps for as long as this.
+    let mapping = unsafe { builder.with_raw_mmap_pointer(pointer) }.build().map_err(MemoryError::Map)?;
+    GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or_else(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_is_reached_through_guest_addresses_and_nothing_beyond() {
+        let ram = GuestRam::place(Box::new(Anonymous::new(1 << 20).unwrap())).unwrap();
+        ram.memory().write_obj(0x1122_3344_u32, GuestAddress(0xffffc)).unwrap();
+        assert!(ram.memory().write_obj(0_u32, GuestAddress(0xffffe)).is_err());
+        assert_eq!(ram.memory().last_addr().0, (1 << 20) - 1);
+    }
+
+    #[test]
+    fn pages_are_copied_by_their_place_in_the_region_across_the_gap() {
+        let size = (3_u64 << 30) + (1 << 20);
+        let ram = GuestRam::place(Box::new(Anonymous::new(size as usize).unwrap())).unwrap();
+        ram.memory().write_obj(1_u64, GuestAddress((3 << 30) - 4096)).unwrap();
+        ram.memory().write_obj(2_u64, GuestAddress(4 << 30)).unwrap();
+        let last_low = (3 << 30) / PAGE_SIZE - 1;
+        let mut bytes = vec![0xff; 2 * PAGE_SIZE as usize];
+        ram.copy_pages(last_low, &mut bytes).unwrap();
+        assert_eq!((bytes[0], bytes[1], bytes[4096], bytes[4097]), (1, 0, 2, 0));
+        assert!(ram.copy_pages(ram.pages() - 1, &mut bytes).is_err());
+        assert!(ram.copy_pages(u64::MAX / 2, &mut bytes).is_err());
+
+        let mut written = PageSet::new(ram.pages());
+        ram.take_written(&mut written);
+        assert!(written.runs().eq(std::iter::once(last_low..last_low + 2)));
+        written.clear();
+        ram.take_written(&mut written);
+        assert!(written.is_empty());
+    }
+
+    #[test]
+    fn ram_beyond_three_gib_continues_above_four() {
+        let size = (3_u64 << 30) + (64 << 20);
+        let ram = GuestRam::place(Box::new(Anonymous::new(size as usize).unwrap())).unwrap();
+        let [low, high] = ram.ranges() else { panic!("{:?}", ram.ranges()) };
+        assert_eq!((low.guest_address, low.length), (0, 3 << 30));
+        assert_eq!((high.guest_address, high.length), (4 << 30, 64 << 20));
+        assert_eq!(high.host_address - low.host_address, 3 << 30);
+    }
+}

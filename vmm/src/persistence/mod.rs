@@ -1,0 +1,11 @@
+//! What makes a VM outlive the power: its regions, its context, and the two orders, freeze and resume.
+
+pub mod capture;
+pub mod context;
+pub mod freeze;
+pub mod generations;
+pub mod lifecycle;
+pub mod recovery;
+pub mod regions;
+pub mod resume;
+pub mod rollback;

@@ -1,0 +1,436 @@
+//! The regions of one VM: leased, mapped, stamped.
+//!
+//! `NAME/ram` is guest memory, `NAME/context` what is volatile. Whoever holds a [`VmRegions`] holds the VM: the leases
+//! die with the process, and a second process is told who has them.
+
+use std::sync::Arc;
+
+use allocator::{
+    Dirty, Kind, LeaseError, Mapping, MediumKind, NameError, Pool, PoolError, Region, RegionError, RegionName,
+    RegionSpec,
+};
+
+use super::context::{self, ContextError, ContextV1, Encoded, Slots, Standing};
+use crate::machine::config::VmConfig;
+use crate::machine::kvm::Host;
+use crate::machine::memory::{GuestRam, HostMemory, MemoryError};
+use crate::machine::{Machine, MachineError, Wiring};
+
+/// What can go wrong with a VM's regions.
+#[derive(Debug, thiserror::Error)]
+pub enum RegionsError {
+    /// The name.
+    #[error("'{name}' cannot be the name of a VM")]
+    Name {
+        /// Which.
+        name: String,
+        /// Why.
+        #[source]
+        source: NameError,
+    },
+    /// A name with several components.
+    #[error("'{0}' cannot be the name of a VM: it must be a single component, without '/'")]
+    Nested(String),
+    /// There is no such VM.
+    #[error("there is no VM {0} in this pool; `perdure list` names those that are")]
+    NoSuchVm(String),
+    /// There is one already.
+    #[error("VM {name} exists already and is {standing}: {advice}")]
+    Exists {
+        /// Which.
+        name: String,
+        /// What it is.
+        standing: &'static str,
+        /// What to do.
+        advice: String,
+    },
+    /// Another process has it.
+    #[error("VM {name} is in use by {holder}")]
+    InUse {
+        /// Which.
+        name: String,
+        /// The process, in words.
+        holder: String,
+        /// The process, where it is known.
+        pid: Option<u32>,
+    },
+    /// The pool.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// A lease.
+    #[error(transparent)]
+    Lease(LeaseError),
+    /// A region.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// The context.
+    #[error(transparent)]
+    Context(#[from] ContextError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The thread that clears the stamp ended without a word.
+    #[error("clearing the stamp of VM {0} was interrupted")]
+    Interrupted(String),
+    /// Whoever made it was interrupted.
+    #[error(
+        "VM {0} was never finished being made: `perdure run {0}` makes it anew, `perdure remove {0}` takes away what there is"
+    )]
+    Unfinished(String),
+    /// The context is of another VM than the region.
+    #[error(
+        "the context of VM {name} says that it has {} bytes of memory, its RAM region has {region}: nothing was altered", .config
+    )]
+    Mismatch {
+        /// Which.
+        name: String,
+        /// As the context says, in bytes.
+        config: u64,
+        /// As it is, in bytes.
+        region: u64,
+    },
+    /// No slot holds a context.
+    #[error("the context of VM {name} cannot be read ({}): nothing was altered; `perdure inspect {name}` tells more", in_words(.damage))]
+    NoContext {
+        /// Which.
+        name: String,
+        /// What is wrong with the slots.
+        damage: Vec<String>,
+    },
+}
+
+fn in_words(found: &[String]) -> String {
+    if found.is_empty() { "none was ever written".to_owned() } else { found.join("; ") }
+}
+
+/// The regions of a VM.
+#[derive(Debug)]
+pub struct VmRegions {
+    name: String,
+    ram: Region,
+    mapping: Option<Arc<Mapping>>,
+    placed: Option<Arc<GuestRam>>,
+    context_region: Region,
+    context: ContextV1,
+    /// What it was made of before a fresh start that is yet to succeed.
+    before: Option<VmConfig>,
+    damage: Vec<String>,
+}
+
+/// The name of one of a VM's regions.
+///
+/// # Errors
+/// [`RegionsError::Name`], [`RegionsError::Nested`].
+pub fn region_name(vm: &str, part: &str) -> Result<RegionName, RegionsError> {
+    if vm.contains('/') {
+        return Err(RegionsError::Nested(vm.to_owned()));
+    }
+    format!("{vm}/{part}").parse().map_err(|source| RegionsError::Name { name: vm.to_owned(), source })
+}
+
+impl VmRegions {
+    /// Allocates the regions of a new VM and writes down what it is.
+    ///
+    /// # Errors
+    /// [`RegionsError`]; what was allocated is freed again then.
+    pub fn create(pool: &Pool, name: &str, config: &VmConfig) -> Result<Self, RegionsError> {
+        Self::create_with(pool, name, config, true)
+    }
+
+    /// As [`VmRegions::create`], for a VM that is to be restored from a generation: it counts as cut off until it is, so that what
+    /// a cut leaves is recovered and not booted.
+    ///
+    /// # Errors
+    /// As [`VmRegions::create`].
+    pub fn create_for_restore(pool: &Pool, name: &str, config: &VmConfig) -> Result<Self, RegionsError> {
+        Self::create_with(pool, name, config, false)
+    }
+
+    fn create_with(pool: &Pool, name: &str, config: &VmConfig, clean: bool) -> Result<Self, RegionsError> {
+        let (ram, context) = (region_name(name, "ram")?, region_name(name, "context")?);
+        let spec = |kind, size| RegionSpec { kind, size, medium: config.medium };
+        let wanted = [
+            (ram.clone(), spec(Kind::Ram, config.memory.0)),
+            (context.clone(), spec(Kind::Context, context::region_size(config.cpus))),
+        ];
+        for (name, spec) in &wanted {
+            pool.allocate(name, *spec)?;
+        }
+        let (leased_ram, context_region) = (lease(pool, name, &ram)?, lease(pool, name, &context)?);
+        let slots = Slots::read(&context_region)?;
+        if !slots.is_empty() {
+            // Another process made it since somebody looked.
+            let advice = format!("`perdure inspect {name}` tells more");
+            return Err(RegionsError::Exists { name: name.to_owned(), standing: "not new", advice });
+        }
+        let made = move || -> Result<Self, RegionsError> {
+            let ram = leased_ram;
+            let context = ContextV1 {
+                sequence: 1,
+                written_ns: context::now_ns(),
+                config: config.clone(),
+                standing: Standing::Created,
+            };
+            Encoded::new(&context)?.write(&context_region)?;
+            if clean {
+                ram.stamp_clean(context.sequence)?;
+            }
+            let name = name.to_owned();
+            Ok(Self {
+                name,
+                ram,
+                mapping: None,
+                placed: None,
+                context_region,
+                context,
+                before: None,
+                damage: Vec::new(),
+            })
+        };
+        let result = made();
+        if result.is_err() {
+            for name in [ram, context] {
+                let _ = pool.free(&name);
+            }
+        }
+        result
+    }
+
+    /// Leases the regions of a VM that there is, and reads its context. Nothing is altered.
+    ///
+    /// # Errors
+    /// [`RegionsError`].
+    pub fn open(pool: &Pool, name: &str) -> Result<Self, RegionsError> {
+        let ram = lease(pool, name, &region_name(name, "ram")?)?;
+        let context_region = lease(pool, name, &region_name(name, "context")?).map_err(|error| match error {
+            RegionsError::NoSuchVm(name) => RegionsError::Unfinished(name),
+            other => other,
+        })?;
+        let slots = Slots::read(&context_region)?;
+        if slots.is_empty() {
+            return Err(RegionsError::Unfinished(name.to_owned()));
+        }
+        let damage = slots.damage();
+        let context =
+            slots.newest().ok_or_else(|| RegionsError::NoContext { name: name.to_owned(), damage: damage.clone() })?;
+        let name = name.to_owned();
+        let (config, region) = (context.config.memory.0, ram.size());
+        if config != region {
+            return Err(RegionsError::Mismatch { name, config, region });
+        }
+        Ok(Self { name, ram, mapping: None, placed: None, context_region, context, before: None, damage })
+    }
+
+    /// Leases the regions of a VM whose context cannot be read, to restore them from a generation. `config` says what it is made of.
+    /// It counts as cut off until then. Nothing is altered.
+    ///
+    /// # Errors
+    /// [`RegionsError`].
+    pub fn open_without_context(pool: &Pool, name: &str, config: VmConfig) -> Result<Self, RegionsError> {
+        let ram = lease(pool, name, &region_name(name, "ram")?)?;
+        let context_region = lease(pool, name, &region_name(name, "context")?)?;
+        let damage = Slots::read(&context_region)?.damage();
+        // RAM may still be stamped with the lost context's number: this must not be taken for it.
+        let lost = ram.is_clean().or(ram.doubtful_stamp()).unwrap_or(0);
+        let standing = Standing::Ended { how: "its context was lost".to_owned() };
+        let context = ContextV1 { sequence: lost.saturating_add(1), written_ns: 0, config, standing };
+        let name = name.to_owned();
+        Ok(Self { name, ram, mapping: None, placed: None, context_region, context, before: None, damage })
+    }
+
+    /// The VM's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the VM is made of.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.context.config
+    }
+
+    /// Changes what the VM is made of, for a fresh start. The sizes of regions do not change.
+    pub fn set_config(&mut self, config: VmConfig) {
+        self.before = Some(std::mem::replace(&mut self.context.config, config));
+    }
+
+    /// The fresh start failed: the VM is made of what it was before.
+    pub fn revert_config(&mut self) {
+        if let Some(before) = self.before.take() {
+            self.context.config = before;
+        }
+    }
+
+    /// The newest context that verifies.
+    #[must_use]
+    pub fn context(&self) -> &ContextV1 {
+        &self.context
+    }
+
+    /// What is wrong with slots of the context that do not verify.
+    #[must_use]
+    pub fn damage(&self) -> &[String] {
+        &self.damage
+    }
+
+    /// The RAM region.
+    #[must_use]
+    pub fn ram(&self) -> &Region {
+        &self.ram
+    }
+
+    /// What the RAM region lies on.
+    #[must_use]
+    pub fn medium(&self) -> MediumKind {
+        self.ram.medium_kind()
+    }
+
+    /// Whether RAM is exactly what the newest context says.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.ram.is_clean() == Some(self.context.sequence)
+    }
+
+    /// Makes RAM what a fresh start expects: zeros. It is so already in a VM that has never run.
+    ///
+    /// # Errors
+    /// [`RegionsError::Region`].
+    pub fn prepare_to_boot(&mut self) -> Result<(), RegionsError> {
+        if self.is_clean() && self.context.standing == Standing::Created {
+            return Ok(());
+        }
+        self.zero_ram()
+    }
+
+    /// Makes RAM zeros again, for a fresh start. Durably not clean from then on.
+    ///
+    /// # Errors
+    /// [`RegionsError::Region`].
+    pub fn zero_ram(&mut self) -> Result<(), RegionsError> {
+        self.clear_stamp()?;
+        Ok(self.ram.zero()?)
+    }
+
+    /// A fresh machine over the RAM region, which is mapped the first time. The stamp is cleared meanwhile: when this
+    /// returns, RAM is durably no context's any more, and may be written. On an error it may or may not be.
+    ///
+    /// # Errors
+    /// [`RegionsError::Region`], [`RegionsError::Memory`], [`RegionsError::Machine`].
+    pub fn assemble(&mut self, host: Host, wiring: Wiring) -> Result<Machine, RegionsError> {
+        let ram = self.place_ram()?;
+        let (machine, cleared) = std::thread::scope(|scope| {
+            // Putting a machine together writes no RAM; the write that clears the stamp waits for the disk.
+            let clearing = scope.spawn(|| self.clear_stamp());
+            (Machine::assemble(host, self.config(), ram, wiring), clearing.join())
+        });
+        cleared.map_err(|_| RegionsError::Interrupted(self.name.clone()))??;
+        Ok(machine?)
+    }
+
+    fn place_ram(&mut self) -> Result<Arc<GuestRam>, RegionsError> {
+        if let Some(ram) = &self.placed {
+            return Ok(Arc::clone(ram));
+        }
+        let mapping = Arc::new(self.ram.map()?);
+        let ram = GuestRam::place(Box::new(Arc::clone(&mapping)))?;
+        self.mapping = Some(mapping);
+        self.placed = Some(Arc::clone(&ram));
+        Ok(ram)
+    }
+
+    /// Makes RAM durable. Returns how many bytes were not, where that can be told.
+    ///
+    /// # Errors
+    /// [`RegionError`].
+    pub fn persist_ram(&self) -> Result<Option<u64>, RegionError> {
+        match &self.mapping {
+            Some(mapping) => self.ram.persist(mapping, Dirty::Unknown).map(|report| report.bytes),
+            None => Ok(Some(0)),
+        }
+    }
+
+    /// The number of the next context.
+    #[must_use]
+    pub fn next_sequence(&self) -> u64 {
+        self.context.sequence + 1
+    }
+
+    /// Writes a context to the slot that does not hold the newest one.
+    ///
+    /// # Errors
+    /// [`ContextError`].
+    pub fn write_context(&mut self, encoded: &Encoded) -> Result<(), ContextError> {
+        encoded.write(&self.context_region)?;
+        self.context.sequence = encoded.sequence();
+        Ok(())
+    }
+
+    /// Makes `context`, which has the next number, the newest one, and says that RAM is exactly its. RAM must be durable by now.
+    ///
+    /// # Errors
+    /// [`RegionsError::Context`], [`RegionsError::Region`]: RAM is not stamped then.
+    pub fn adopt(&mut self, context: ContextV1) -> Result<(), RegionsError> {
+        self.write_context(&Encoded::new(&context)?)?;
+        self.stamp_clean(context.sequence)?;
+        self.context = context;
+        self.damage.clear();
+        Ok(())
+    }
+
+    /// Says that RAM is exactly that of context `sequence`.
+    ///
+    /// # Errors
+    /// [`RegionError`].
+    pub fn stamp_clean(&self, sequence: u64) -> Result<(), RegionError> {
+        self.ram.stamp_clean(sequence)
+    }
+
+    /// Says that RAM is no context's any more; before anything changes it.
+    ///
+    /// # Errors
+    /// [`RegionError`].
+    pub fn clear_stamp(&self) -> Result<(), RegionError> {
+        self.ram.clear_stamp()
+    }
+
+    /// Writes down that the guest ended, and how: the VM can be started anew.
+    ///
+    /// # Errors
+    /// [`RegionsError`].
+    pub fn write_ended(&mut self, how: String) -> Result<(), RegionsError> {
+        let sequence = self.next_sequence();
+        let config = self.context.config.clone();
+        let context = ContextV1 { sequence, written_ns: context::now_ns(), config, standing: Standing::Ended { how } };
+        self.write_context(&Encoded::new(&context)?)?;
+        // RAM of a guest that ended is nothing that anyone goes on from: it need not reach its medium.
+        self.stamp_clean(sequence)?;
+        self.context = context;
+        Ok(())
+    }
+}
+
+// SAFETY: as for Mapping itself; sharing it keeps it alive, and hands out no references either.
+unsafe impl HostMemory for Arc<Mapping> {
+    fn as_ptr(&self) -> *mut u8 {
+        Mapping::as_ptr(self)
+    }
+
+    fn len(&self) -> usize {
+        Mapping::len(self)
+    }
+}
+
+fn lease(pool: &Pool, vm: &str, name: &RegionName) -> Result<Region, RegionsError> {
+    let lease = pool.lease(name).map_err(|error| match error {
+        LeaseError::Held { holder, .. } => {
+            RegionsError::InUse { name: vm.to_owned(), holder: holder.to_string(), pid: holder.pid }
+        }
+        LeaseError::NoSuchRegion { .. } => RegionsError::NoSuchVm(vm.to_owned()),
+        other => RegionsError::Lease(other),
+    })?;
+    Ok(Region::open(lease)?)
+}

@@ -1,0 +1,415 @@
+//! Generation → Frozen: a VM's regions become exactly what one of its generations holds.
+//!
+//! ```text
+//!   step      what                                        if it stood elsewhere
+//!   ────────  ──────────────────────────────────────────  ─────────────────────────────────────────────────────────
+//!   plan      the generation verifies, and fits the VM    first: nothing is altered if it does not
+//!   keep      what was becomes a generation               before the stamp goes: it is only whole while it is clean
+//!   clear     RAM's stamp, durably                        before RAM changes: a cut must not find RAM half restored under
+//!                                                         a stamp that says it is whole
+//!   choose    the chosen generation is committed anew,    after clear, before RAM changes: from here a cut ends in the
+//!             as the newest one: no pages, one record     chosen generation, since recovery takes the newest
+//!   restore   zeros, then the pages; flushed              before the context: a context must never name unsaved RAM
+//!   context   N+1, with the generation's machine state    before the stamp: a stamp must never name a missing context
+//!   stamp     clean@N+1                                   last: it is what makes the context count
+//! ```
+//!
+//! So a cut leaves what was, if it was clean, or RAM that is not stamped, which [`recover`] restores from the newest generation that
+//! verifies: before `choose` that is what was kept, after it what was chosen. Never a stamped mixture.
+//!
+//! For the guest the time between is an outage like any other. Everything that a generation says is taken for hostile: sizes and
+//! counts are checked here, the machine's state when it is set.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use allocator::{Region, RegionError};
+use snapshot::{
+    Depth, Generation, GenerationId, NewGeneration, PageSink, Parent, Reader, RegionSpec, RestoreReport, Store,
+    StoreError, Writer,
+};
+
+use super::context::{self, ContextError, ContextV1, Standing};
+use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, REGION_RAM};
+use super::regions::{RegionsError, VmRegions};
+use crate::machine::config::generations::Integrity;
+use crate::machine::config::{ByteSize, ConfigError, MAX_CPUS, VmConfig};
+
+/// Bytes of RAM read at a time when it is kept.
+const PIECE: usize = 4 << 20;
+
+/// Why a VM was not brought back to a generation.
+#[derive(Debug, thiserror::Error)]
+pub enum RollbackError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What the generation says of the machine cannot be read.
+    #[error(
+        "generation {id} has no machine state that can be read: {why}; take another one (`perdure generations` lists them)"
+    )]
+    Unreadable {
+        /// Which.
+        id: GenerationId,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The generation is of a VM of another shape.
+    #[error(
+        "generation {id} does not fit VM {name}: it has {theirs}, the VM has {ours}; `perdure fork {id} NEW` makes a VM that fits"
+    )]
+    Shape {
+        /// Which.
+        id: GenerationId,
+        /// The VM.
+        name: String,
+        /// The generation's, in words.
+        theirs: String,
+        /// The VM's, in words.
+        ours: String,
+    },
+    /// The generation's configuration cannot be.
+    #[error("generation {id} describes no VM")]
+    Config {
+        /// Which.
+        id: GenerationId,
+        /// What is wrong with it.
+        #[source]
+        source: ConfigError,
+    },
+    /// RAM could not be read or written.
+    #[error("cannot {doing} the memory of VM {name}")]
+    Region {
+        /// "read", "zero", …
+        doing: &'static str,
+        /// The VM.
+        name: String,
+        /// Why.
+        #[source]
+        source: RegionError,
+    },
+    /// The regions.
+    #[error(transparent)]
+    Regions(#[from] RegionsError),
+    /// The stamp.
+    #[error(transparent)]
+    Stamp(#[from] RegionError),
+    /// No generation can be used.
+    #[error("none of the {} generations of VM {name} can be used; the newest: {}. `perdure scrub {name} --repair` heals what has a good copy",
+        .skipped.len(), first_reason(.skipped))]
+    NoneUsable {
+        /// The VM.
+        name: String,
+        /// Each, the newest first, and what is wrong with it.
+        skipped: Vec<Skipped>,
+    },
+}
+
+fn first_reason(skipped: &[Skipped]) -> String {
+    skipped.first().map(|skipped| format!("{}: {}", skipped.generation.id, skipped.why)).unwrap_or_default()
+}
+
+impl From<ContextError> for RollbackError {
+    fn from(error: ContextError) -> Self {
+        Self::Regions(error.into())
+    }
+}
+
+/// A generation that a recovery passed over.
+#[derive(Debug)]
+pub struct Skipped {
+    /// Which.
+    pub generation: Generation,
+    /// What is wrong with it, in words.
+    pub why: String,
+}
+
+/// What a VM was brought back to.
+#[derive(Debug)]
+pub struct Restored {
+    /// The generation that was chosen.
+    pub generation: Generation,
+    /// What was before, kept as a generation.
+    pub kept: Option<Generation>,
+    /// Newer ones that a recovery passed over, the newest first.
+    pub skipped: Vec<Skipped>,
+    /// What it took.
+    pub report: RestoreReport,
+    /// How long the restore took.
+    pub took: Duration,
+}
+
+/// A generation that verifies and fits: ready to be restored.
+#[derive(Debug)]
+pub struct Plan {
+    reader: Reader,
+    ram: usize,
+    context: ContextV1,
+}
+
+impl Plan {
+    /// Opens generation `id` for VM `name`, whose RAM has `size` bytes, and looks at all of it but its pages. Nothing is altered.
+    ///
+    /// # Errors
+    /// [`RollbackError`].
+    pub fn new(store: &Store, id: &GenerationId, name: &str, size: Option<u64>) -> Result<Self, RollbackError> {
+        let reader = store.reader(id)?;
+        let unreadable = |why: &str| RollbackError::Unreadable { id: id.clone(), why: why.to_owned() };
+        let announced = reader.blobs().into_iter().find(|blob| blob.name == BLOB_CONTEXT).map(|blob| blob.length);
+        if announced.is_some_and(|length| length > context::region_size(MAX_CPUS)) {
+            return Err(unreadable("it is longer than any"));
+        }
+        let bytes = reader.blob(BLOB_CONTEXT)?.ok_or_else(|| unreadable("there is none in it"))?;
+        let context: ContextV1 = serde_json::from_slice(&bytes).map_err(|error| unreadable(&error.to_string()))?;
+        let Standing::Frozen(frozen) = &context.standing else {
+            return Err(unreadable("its machine was not running"));
+        };
+        let config = &context.config;
+        config.validate().map_err(|source| RollbackError::Config { id: id.clone(), source })?;
+        if frozen.machine.vcpus.len() != config.cpus as usize {
+            return Err(unreadable("it has not as many vCPUs as it says"));
+        }
+        let ram = reader.region(REGION_RAM).ok_or_else(|| unreadable("it holds no RAM"))?;
+        if let Some(other) = reader.regions().iter().find(|region| region.name != REGION_RAM) {
+            return Err(unreadable(&format!("it holds a region {}, which this perdure does not know", other.name)));
+        }
+        let held = reader.regions().get(ram).map_or(0, |region| region.size);
+        let wanted = size.unwrap_or(config.memory.0);
+        for theirs in [held, config.memory.0] {
+            if theirs != wanted {
+                let (theirs, ours) = (in_memory(theirs), in_memory(wanted));
+                return Err(RollbackError::Shape { id: id.clone(), name: name.to_owned(), theirs, ours });
+            }
+        }
+        Ok(Self { reader, ram, context })
+    }
+
+    /// What the VM was made of when the generation was taken.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.context.config
+    }
+
+    fn check_fit(&self, regions: &VmRegions) -> Result<(), RollbackError> {
+        let (theirs, ours) = (self.config().cpus, regions.config().cpus);
+        if theirs == ours {
+            return Ok(());
+        }
+        let in_cpus = |cpus: u32| format!("{cpus} CPUs");
+        Err(RollbackError::Shape {
+            id: self.reader.generation().id.clone(),
+            name: regions.name().to_owned(),
+            theirs: in_cpus(theirs),
+            ours: in_cpus(ours),
+        })
+    }
+}
+
+fn in_memory(bytes: u64) -> String {
+    format!("{} of memory", ByteSize(bytes))
+}
+
+/// RAM as a sink. It was zeroed before, so zero pages need nothing.
+struct Ram<'a>(&'a Region);
+
+impl PageSink for Ram<'_> {
+    fn write(&self, first_page: u64, bytes: &[u8]) -> io::Result<()> {
+        let offset = first_page.saturating_mul(snapshot::PAGE_SIZE as u64);
+        self.0.write_at(bytes, offset).map_err(io::Error::other)
+    }
+
+    fn zero(&self, _first_page: u64, _count: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Puts a plan into effect: from `clear` on. What was is lost; if this fails, or is cut, RAM counts as cut off.
+///
+/// The VM keeps what is about its surroundings (medium, serial port, family); what it is for its guest comes from the generation.
+///
+/// # Errors
+/// [`RollbackError`]: a [`recover`] is due then.
+pub fn restore(
+    plan: &Plan,
+    regions: &mut VmRegions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<RestoreReport, RollbackError> {
+    plan.check_fit(regions)?;
+    let VmConfig { cpus, memory, kernel, cmdline, clock, .. } = plan.config().clone();
+    let config = VmConfig { cpus, memory, kernel, cmdline, clock, ..regions.config().clone() };
+    let name = regions.name().to_owned();
+    let failed = |doing| {
+        let name = name.clone();
+        move |source| RollbackError::Region { doing, name, source }
+    };
+    regions.clear_stamp()?;
+    let ram = regions.ram();
+    ram.zero().map_err(failed("zero"))?;
+    let report = plan.reader.restore_region(plan.ram, &Ram(ram), progress)?;
+    ram.sync().map_err(failed("flush"))?;
+    let standing = plan.context.standing.clone();
+    regions.adopt(ContextV1 { sequence: regions.next_sequence(), written_ns: context::now_ns(), config, standing })?;
+    Ok(report)
+}
+
+/// After an unclean end: restores the newest generation that verifies. What it passes over is in the result.
+///
+/// # Errors
+/// [`RollbackError::NoneUsable`], [`RollbackError::Store`] if there is none at all; others if the VM's regions fail.
+pub fn recover(
+    store: &Store,
+    regions: &mut VmRegions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Restored, RollbackError> {
+    let name = regions.name().to_owned();
+    let mut generations = store.generations(&name);
+    if generations.is_empty() {
+        return Err(StoreError::EmptyLineage { lineage: name }.into());
+    }
+    let mut skipped = Vec::new();
+    while let Some(generation) = generations.pop() {
+        let begun = Instant::now();
+        let attempt = store
+            .verify(&generation.id, Depth::Structure)
+            .map_err(RollbackError::from)
+            .and_then(|()| Plan::new(store, &generation.id, &name, Some(regions.ram().size())))
+            .and_then(|plan| restore(&plan, regions, progress));
+        match attempt {
+            Ok(report) => return Ok(Restored { generation, kept: None, skipped, report, took: begun.elapsed() }),
+            Err(error) if concerns_one(&error) => skipped.push(Skipped { generation, why: chain(&error) }),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(RollbackError::NoneUsable { name, skipped })
+}
+
+/// Whether another generation may fare better.
+fn concerns_one(error: &RollbackError) -> bool {
+    match error {
+        RollbackError::Store(error) => !matches!(error, StoreError::Sink { .. }),
+        RollbackError::Unreadable { .. } | RollbackError::Shape { .. } | RollbackError::Config { .. } => true,
+        _ => false,
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let words = error.to_string();
+        if !text.ends_with(&words) {
+            text = format!("{text}: {words}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Rolls a VM back to generation `id`. What was, if it was frozen, is kept as a generation first, unless `discard`.
+///
+/// # Errors
+/// [`RollbackError`]. Before RAM's stamp was cleared nothing was altered; after that a [`recover`] is due.
+pub fn roll_back(
+    store: &Store,
+    regions: &mut VmRegions,
+    id: &GenerationId,
+    discard: bool,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Restored, RollbackError> {
+    let name = regions.name().to_owned();
+    let plan = Plan::new(store, id, &name, Some(regions.ram().size()))?;
+    plan.check_fit(regions)?;
+    let integrity = regions.config().generations.integrity;
+    // Page by page, before anything is given up for it; unless lost pages are to be left out.
+    store.verify(id, if integrity == Integrity::Fail { Depth::Pages } else { Depth::Structure })?;
+    let generation = plan.reader.generation().clone();
+    let frozen = regions.is_clean() && matches!(regions.context().standing, Standing::Frozen(_));
+    let kept = match frozen && !discard {
+        true => Some(keep(store, regions, &format!("before the rollback to {id}"))?),
+        false => None,
+    };
+    let begun = Instant::now();
+    let clean = regions.is_clean().then(|| regions.context().sequence);
+    regions.clear_stamp()?;
+    if let Err(error) = choose(store, &name, id) {
+        // RAM is untouched, so it is still that of its context.
+        if let Some(sequence) = clean {
+            regions.stamp_clean(sequence)?;
+        }
+        return Err(error.into());
+    }
+    let report = restore(&plan, regions, progress)?;
+    Ok(Restored { generation, kept, skipped: Vec::new(), report, took: begun.elapsed() })
+}
+
+/// Makes what `id` holds the newest generation of `lineage`, unless it is that already.
+fn choose(store: &Store, lineage: &str, id: &GenerationId) -> Result<(), StoreError> {
+    store.refresh()?;
+    if store.newest(lineage).is_some_and(|newest| newest.id == *id) {
+        return Ok(());
+    }
+    // As old as what it holds: that is what a recovery tells.
+    let time_ms = store.generation(id)?.time_ms;
+    let new = NewGeneration { parent: Parent::Generation(id.clone()), ..NewGeneration::automatic(lineage, time_ms) };
+    inherit(store, id, new)?.commit().map(drop)
+}
+
+/// A generation that holds all that `id` holds.
+fn inherit(store: &Store, id: &GenerationId, new: NewGeneration) -> Result<Writer, StoreError> {
+    let reader = store.reader(id)?;
+    let mut writer = store.begin(new)?;
+    for region in reader.regions() {
+        writer.region(&RegionSpec { name: region.name, kind: region.kind, size: region.size })?;
+    }
+    for blob in reader.blobs() {
+        writer.inherit_blob(&blob.name)?;
+    }
+    Ok(writer)
+}
+
+/// Takes a generation of a VM that is frozen, from its regions.
+///
+/// # Errors
+/// [`RollbackError::Store`], [`RollbackError::Region`]: there is no such generation then.
+pub fn keep(store: &Store, regions: &VmRegions, label: &str) -> Result<Generation, RollbackError> {
+    let on = |parent| NewGeneration {
+        parent,
+        label: Some(label.to_owned()),
+        ..NewGeneration::manual(regions.name(), now_ms())
+    };
+    match write_frozen(store, regions, on(Parent::Newest)) {
+        // Not even what it would have built on can be read: then on nothing.
+        Err(RollbackError::Store(StoreError::Damaged { .. })) => write_frozen(store, regions, on(Parent::None)),
+        other => other,
+    }
+}
+
+fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Result<Generation, RollbackError> {
+    let ram = regions.ram();
+    let read = |source| RollbackError::Region { doing: "read", name: regions.name().to_owned(), source };
+    let mut writer = store.begin(new)?;
+    let spec = RegionSpec { name: REGION_RAM.to_owned(), kind: ram.info().kind.to_string(), size: ram.size() };
+    let key = writer.region(&spec)?;
+    let mut buffer = vec![0; PIECE];
+    let mut offset = 0;
+    while offset < ram.size() {
+        let length = usize::try_from(ram.size() - offset).unwrap_or(PIECE).min(PIECE);
+        let piece = buffer.get_mut(..length).unwrap_or_default();
+        ram.read_at(piece, offset).map_err(read)?;
+        writer.put_run(key, offset / snapshot::PAGE_SIZE as u64, piece)?;
+        offset += length as u64;
+    }
+    let json = |result: Result<Vec<u8>, _>| result.map_err(|error| RollbackError::from(ContextError::Encode(error)));
+    writer.blob(BLOB_CONTEXT, &json(serde_json::to_vec(regions.context()))?)?;
+    writer.blob(BLOB_CONFIG, &json(serde_json::to_vec(regions.config()))?)?;
+    Ok(writer.commit()?)
+}
+
+/// Milliseconds since 1970-01-01 UTC.
+#[must_use]
+pub fn now_ms() -> u64 {
+    context::now_ns() / 1_000_000
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,594 @@
+//! One process, one VM: runs its life from its first instruction, or from where an outage left it, to its end.
+//!
+//! ```text
+//!   vCPU threads ──► MachineEvent ─┐
+//!   SIGPWR, SIGTERM, … ────────────┤                    ┌─► freeze ─► Frozen ─► (hold-up passes) ─► end
+//!   control socket ────────────────┼──► serve(): poll ──┤
+//!   terminal input ────────────────┘                    └─► the guest ends, or fails ─► end
+//! ```
+//!
+//! The thread that calls [`Supervisor::serve`] makes every decision; the others only bring it news. It never waits for
+//! a reader of output or for a client.
+
+pub mod console;
+pub mod control;
+pub mod generations;
+pub mod launch;
+mod measured;
+pub mod power;
+pub mod terminal;
+mod wake;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use devices::MachineRequest;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use console::{Console, ConsoleError};
+use control::{ControlError, ControlServer, Pending, Reply, Request, Response, Status, socket_path};
+use generations::{Generations, Order, Teller};
+use power::{HoldUp, PowerSignals};
+use terminal::Keyboard;
+use wake::Wake;
+
+use crate::machine::config::SerialTarget;
+use crate::machine::kvm::{Host, KvmError, VcpuFailure};
+use crate::machine::time::nanoseconds;
+use crate::machine::{Machine, MachineError, MachineEvent, Wiring};
+use crate::persistence::capture::CaptureError;
+use crate::persistence::context::ConsoleStateV1;
+use crate::persistence::freeze::{self, FreezeError, FreezeReport, Output, Surroundings, Vcpus};
+use crate::persistence::lifecycle::{Event, State};
+use crate::persistence::regions::{RegionsError, VmRegions};
+use crate::persistence::resume::{self, ResumeError};
+
+/// While input waits for the guest to take it, how often it is offered.
+const OFFER_EVERY: Duration = Duration::from_millis(5);
+
+/// How a VM's life in this process ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// The guest turned itself off.
+    PoweredOff,
+    /// `perdure stop`.
+    Stopped,
+    /// The guest wrote this code to the debug-exit port.
+    DebugExit(u8),
+    /// A power-fail signal came, and everything is durable.
+    Frozen(FreezeReport),
+    /// A vCPU could not go on.
+    Failed(VcpuFailure),
+}
+
+/// What can go wrong around a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Its regions.
+    #[error(transparent)]
+    Regions(#[from] RegionsError),
+    /// Resuming.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// Letting it run on.
+    #[error("the VM was frozen and cannot be let run on; it can be resumed")]
+    Thaw(#[source] FreezeError),
+    /// A generation.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// A generation that was asked for in this process.
+    #[error("there is no generation: {0}")]
+    NoGeneration(String),
+    /// Waiting for news.
+    #[error("cannot {doing}")]
+    System {
+        /// What.
+        doing: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// News that reach the supervisor through its inboxes.
+struct Inboxes {
+    machine: mpsc::Receiver<MachineEvent>,
+    machine_sender: mpsc::Sender<MachineEvent>,
+    control: mpsc::Receiver<Pending>,
+    control_sender: Option<mpsc::Sender<Pending>>,
+    wake: Arc<Wake>,
+}
+
+impl Inboxes {
+    fn new() -> std::io::Result<Self> {
+        let (machine_sender, machine) = mpsc::channel();
+        let (control_sender, control) = mpsc::channel();
+        let wake = Arc::new(Wake::new()?);
+        Ok(Self { machine, machine_sender, control, control_sender: Some(control_sender), wake })
+    }
+
+    fn wiring(&self, console: &Console) -> Wiring {
+        let (sender, wake) = (self.machine_sender.clone(), Arc::clone(&self.wake));
+        let events = move |event| {
+            // The supervisor has ended if nobody receives.
+            let _ = sender.send(event);
+            wake.ring();
+        };
+        Wiring { serial_output: Box::new(console.output()), events: Arc::new(events) }
+    }
+}
+
+/// A VM's process.
+pub struct Supervisor {
+    name: String,
+    pool: PathBuf,
+    state: State,
+    started: Instant,
+    // Its thread before the machine, the machine before the regions that its memory lies in: fields drop in order.
+    generations: Generations,
+    machine: Machine,
+    regions: VmRegions,
+    console: Console,
+    keyboard: Keyboard,
+    power: PowerSignals,
+    power_back: Arc<AtomicBool>,
+    /// The request that called a freeze off is still to be answered.
+    called_off: bool,
+    /// A user paused it.
+    paused: bool,
+    inboxes: Inboxes,
+    control: Option<ControlServer>,
+}
+
+/// How the VM is to begin.
+enum Beginning {
+    Boot,
+    Resume,
+}
+
+impl Supervisor {
+    /// Boots a VM from its kernel. Its vCPUs run when this returns.
+    ///
+    /// # Errors
+    /// [`SupervisorError`].
+    pub fn boot(pool: PathBuf, regions: VmRegions, keyboard: Keyboard) -> Result<Self, SupervisorError> {
+        Self::begin(pool, regions, keyboard, &Beginning::Boot)
+    }
+
+    /// Continues a frozen VM at its next instruction. Its vCPUs run when this returns.
+    ///
+    /// # Errors
+    /// [`SupervisorError::Resume`] and others; nothing was altered then.
+    pub fn resume(pool: PathBuf, regions: VmRegions, keyboard: Keyboard) -> Result<Self, SupervisorError> {
+        Self::begin(pool, regions, keyboard, &Beginning::Resume)
+    }
+
+    fn begin(
+        pool: PathBuf,
+        mut regions: VmRegions,
+        keyboard: Keyboard,
+        beginning: &Beginning,
+    ) -> Result<Self, SupervisorError> {
+        let system = |doing| move |source| SupervisorError::System { doing, source };
+        let power = PowerSignals::catch().map_err(system("catch power-fail signals"))?;
+        let inboxes = Inboxes::new().map_err(system("make an event descriptor"))?;
+        let console = match &regions.config().serial {
+            SerialTarget::Stdio if keyboard.has_terminal() => Console::terminal()?,
+            SerialTarget::Stdio | SerialTarget::None => Console::detached(),
+            SerialTarget::File(path) => Console::file(path)?,
+        };
+        let wiring = inboxes.wiring(&console);
+        let (machine, state) = match beginning {
+            Beginning::Boot => (boot(&mut regions, wiring)?, State::Created.after(Event::Start)),
+            Beginning::Resume => {
+                let surroundings = Around(&console);
+                let machine = resume::resume(&mut regions, wiring, |bytes| surroundings.0.restore(bytes))?;
+                (machine, State::Resuming.after(Event::Restored))
+            }
+        };
+        machine.run()?;
+        let name = regions.name().to_owned();
+        let state = state.unwrap_or(State::Running);
+        let generations = Generations::new(pool.clone(), &name, regions.config(), Arc::clone(&inboxes.wake));
+        let mut supervisor = Self {
+            name,
+            pool,
+            state,
+            started: Instant::now(),
+            generations,
+            machine,
+            regions,
+            console,
+            keyboard,
+            power,
+            power_back: Arc::new(AtomicBool::new(false)),
+            called_off: false,
+            paused: false,
+            inboxes,
+            control: None,
+        };
+        // After the vCPUs run: nobody who asks is kept from being answered, and the guest does not wait for it.
+        supervisor.open_control_socket()?;
+        Ok(supervisor)
+    }
+
+    fn open_control_socket(&mut self) -> Result<(), SupervisorError> {
+        let Some(sender) = self.inboxes.control_sender.take() else { return Ok(()) };
+        let path = socket_path(&self.pool, &self.name);
+        let (wake, power_back) = (Arc::clone(&self.inboxes.wake), Arc::clone(&self.power_back));
+        let notify = move |request: &Request| {
+            // At once, and not when the supervisor looks: it may be in the middle of the freeze that this calls off.
+            if *request == Request::PowerBack {
+                power_back.store(true, Ordering::SeqCst);
+            }
+            wake.ring();
+        };
+        self.control = Some(ControlServer::start(path, self.console.clone(), sender, notify)?);
+        Ok(())
+    }
+
+    /// Ends the VM's process as far as others see it. `quickly`: what the system takes back by itself when the process
+    /// ends is left to it (unmapping gigabytes takes tenths of a second).
+    pub fn close(mut self, quickly: bool) {
+        drop(self.control.take());
+        if quickly {
+            std::mem::forget(self);
+        }
+    }
+
+    /// The power came back after [`Ended::Frozen`]: the VM runs on, and can be served again.
+    ///
+    /// # Errors
+    /// [`SupervisorError::Thaw`].
+    pub fn power_back(&mut self) -> Result<(), SupervisorError> {
+        self.thaw(Event::PowerBack)
+    }
+
+    /// How many values the guest has reported through its report port.
+    #[must_use]
+    pub fn reports(&self) -> u64 {
+        self.machine.devices().report().count()
+    }
+
+    /// The VM's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Lives the VM's life to its end in this process.
+    ///
+    /// # Errors
+    /// [`SupervisorError`].
+    pub fn serve(&mut self) -> Result<Ended, SupervisorError> {
+        loop {
+            if let Some(ended) = self.take_news()? {
+                return Ok(ended);
+            }
+            self.wait()?;
+        }
+    }
+
+    /// Handles everything that has come in.
+    fn take_news(&mut self) -> Result<Option<Ended>, SupervisorError> {
+        self.inboxes.wake.hush();
+        while let Ok(event) = self.inboxes.machine.try_recv() {
+            if let Some(ended) = self.on_machine(event)? {
+                return Ok(Some(ended));
+            }
+        }
+        if self.power.take()
+            && let Some(ended) = self.on_power_fail(None, None)?
+        {
+            return Ok(Some(ended));
+        }
+        while let Ok(pending) = self.inboxes.control.try_recv() {
+            if let Some(ended) = self.on_request(pending)? {
+                return Ok(Some(ended));
+            }
+        }
+        self.generations.tick(&self.machine, self.paused);
+        let (around, vcpus) = (Around(&self.console), self.vcpus());
+        self.generations.take_news(&self.machine, &self.regions, &around, vcpus)?;
+        Ok(None)
+    }
+
+    /// What is to become of the vCPUs when the machine was held and is let go.
+    fn vcpus(&self) -> Vcpus {
+        if self.paused { Vcpus::Stay } else { Vcpus::Run }
+    }
+
+    fn on_machine(&mut self, event: MachineEvent) -> Result<Option<Ended>, SupervisorError> {
+        let ended = match event {
+            MachineEvent::Request(MachineRequest::Reset) => {
+                self.reboot()?;
+                return Ok(None);
+            }
+            MachineEvent::Request(MachineRequest::PowerOff) => Ended::PoweredOff,
+            MachineEvent::Request(MachineRequest::DebugExit(code)) => Ended::DebugExit(code),
+            MachineEvent::Failed(failure) => Ended::Failed(failure),
+        };
+        self.end(ended).map(Some)
+    }
+
+    /// Writes down how the guest ended; the VM can be started anew then.
+    fn end(&mut self, ended: Ended) -> Result<Ended, SupervisorError> {
+        self.console.set_hurry(true);
+        self.machine.pause()?;
+        self.generations.finish();
+        self.drain_output();
+        let how = match &ended {
+            Ended::PoweredOff => "the guest powered off".to_owned(),
+            Ended::Stopped => "stopped by perdure stop".to_owned(),
+            Ended::DebugExit(code) => format!("the guest ended itself with code {code}"),
+            Ended::Failed(failure) => failure.to_string(),
+            Ended::Frozen(_) => return Ok(ended),
+        };
+        self.regions.write_ended(how)?;
+        Ok(ended)
+    }
+
+    /// Gives what the guest wrote last a moment to reach a slow reader.
+    fn drain_output(&self) {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while self.console.drain() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The guest asked for a reset: a fresh machine over the same memory boots its kernel.
+    fn reboot(&mut self) -> Result<(), SupervisorError> {
+        tracing::info!("{}: the guest asked for a reset", self.name);
+        self.machine.pause()?;
+        let mut machine = self.regions.assemble(Host::open()?, self.inboxes.wiring(&self.console))?;
+        machine.boot()?;
+        self.generations.machine_changes(&self.machine, &machine)?;
+        machine.run()?;
+        self.machine = machine;
+        Ok(())
+    }
+
+    fn on_request(&mut self, Pending { request, reply }: Pending) -> Result<Option<Ended>, SupervisorError> {
+        let mut ended = None;
+        let response = match request {
+            Request::Status => Response::Status(Box::new(self.status())),
+            Request::PowerFail { holdup_ns } => {
+                ended = self.on_power_fail(holdup_ns.map(Duration::from_nanos), Some(&reply))?;
+                // It was answered when everything was durable, or refused.
+                return Ok(ended);
+            }
+            Request::PowerBack if std::mem::take(&mut self.called_off) => Response::Done,
+            Request::PowerBack => Response::Refused { why: format!("the VM is {}: the power is not out", self.state) },
+            Request::Snapshot { label, protect } => {
+                let origin = snapshot::Origin::Manual;
+                self.generations.order(Order { label, protect, origin, teller: Teller::Client(reply) }, &self.machine);
+                // It is answered when it is durable.
+                return Ok(None);
+            }
+            Request::Pause => self.set_paused(true)?,
+            Request::Unpause => self.set_paused(false)?,
+            Request::Stop => {
+                ended = Some(self.end(Ended::Stopped)?);
+                Response::Done
+            }
+            Request::Console => Response::Done,
+        };
+        reply.send(&response);
+        Ok(ended)
+    }
+
+    /// Stops the vCPUs at a user's wish, or lets them run on. Twice is once.
+    fn set_paused(&mut self, paused: bool) -> Result<Response, SupervisorError> {
+        if self.paused == paused {
+            return Ok(Response::Done);
+        }
+        if paused {
+            self.console.set_hurry(true);
+            self.machine.pause()?;
+            self.console.set_hurry(false);
+            if self.machine.has_ended() {
+                // Its end is among the news, and is next.
+                return Ok(Response::Refused { why: "the guest has just ended".to_owned() });
+            }
+        } else {
+            self.machine.notify_paused()?;
+            self.machine.run()?;
+        }
+        self.paused = paused;
+        Ok(Response::Done)
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            state: self.state,
+            pid: std::process::id(),
+            config: self.machine.config().clone(),
+            up_seconds: self.started.elapsed().as_secs(),
+            report: self.machine.devices().report().latest(),
+            paused: self.paused,
+            generations: self.generations.status(),
+        }
+    }
+
+    /// The power-fail signal. `None`: the VM runs on.
+    fn on_power_fail(
+        &mut self,
+        holdup: Option<Duration>,
+        reply: Option<&Reply>,
+    ) -> Result<Option<Ended>, SupervisorError> {
+        let hold_up = HoldUp::begin(holdup);
+        let darkness = hold_up.arm();
+        self.generations.give_up("a power-fail signal came first");
+        self.power_back.store(false, Ordering::SeqCst);
+        self.state = self.state.after(Event::PowerFail).unwrap_or(State::Freezing);
+        let around = Around(&self.console);
+        let started = hold_up.started();
+        let frozen = freeze::freeze(&self.machine, &mut self.regions, &around, started, &self.power_back);
+        let answer = |response| {
+            if let Some(reply) = reply {
+                reply.send(&response);
+            }
+        };
+        match frozen {
+            Ok(mut report) => {
+                self.state = self.state.after(Event::Saved).unwrap_or(State::Frozen);
+                if hold_up.left().is_some_and(|left| left.is_zero()) {
+                    // Darkness is due, though the thread that brings it has not run yet.
+                    power::go_dark();
+                }
+                report.holdup_left_ns = hold_up.left().map(nanoseconds);
+                answer(Response::Frozen(Box::new(report)));
+                if self.power_comes_back(&hold_up)? {
+                    drop(darkness);
+                    self.thaw(Event::PowerBack)?;
+                    return Ok(None);
+                }
+                Ok(Some(Ended::Frozen(report)))
+            }
+            Err(FreezeError::Ended) => {
+                // Its end is among the news, and is next.
+                drop(darkness);
+                answer(Response::Refused { why: "the guest has just ended".to_owned() });
+                self.state = State::Running;
+                Ok(None)
+            }
+            Err(error) => {
+                drop(darkness);
+                self.called_off = matches!(error, FreezeError::PowerBack);
+                if self.called_off {
+                    let _ = self.power.take();
+                }
+                self.thaw(Event::Abort)?;
+                tracing::warn!("{}: the VM runs on: {}", self.name, Chain(&error));
+                answer(Response::Refused { why: format!("the VM was not frozen and runs on: {}", Chain(&error)) });
+                Ok(None)
+            }
+        }
+    }
+
+    fn thaw(&mut self, event: Event) -> Result<(), SupervisorError> {
+        let vcpus = self.vcpus();
+        freeze::thaw(&self.machine, &mut self.regions, &Around(&self.console), vcpus).map_err(SupervisorError::Thaw)?;
+        self.state = self.state.after(event).unwrap_or(State::Running);
+        Ok(())
+    }
+
+    /// Frozen, with power left: waits through what is left of the hold-up for the power to come back.
+    fn power_comes_back(&mut self, hold_up: &HoldUp) -> Result<bool, SupervisorError> {
+        while let Some(left) = hold_up.left().filter(|left| !left.is_zero()) {
+            match self.inboxes.control.recv_timeout(left) {
+                Ok(Pending { request: Request::PowerBack, reply }) => {
+                    // Warnings from before are of the outage that is over.
+                    let _ = self.power.take();
+                    reply.send(&Response::Done);
+                    return Ok(true);
+                }
+                Ok(Pending { request: Request::Status, reply }) => {
+                    reply.send(&Response::Status(Box::new(self.status())));
+                }
+                Ok(Pending { reply, .. }) => {
+                    reply.send(&Response::Refused { why: "the VM is frozen, the power is going".to_owned() });
+                }
+                Err(_) => break,
+            }
+        }
+        Ok(false)
+    }
+
+    /// Waits for news.
+    fn wait(&mut self) -> Result<(), SupervisorError> {
+        let output_waits = self.console.drain();
+        self.keyboard.retry(&self.console);
+        let input_waits = self.console.offer_input(|bytes| self.machine.devices().receive_serial(bytes));
+        let offer = (input_waits || output_waits).then_some(OFFER_EVERY);
+        let timeout = offer.into_iter().chain(self.generations.due_in()).min();
+        let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(self.inboxes.wake.descriptor(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.power.descriptor(), PollFlags::IN),
+        ];
+        let typed_in = if input_waits { None } else { self.keyboard.descriptor() };
+        fds.extend(typed_in.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(SupervisorError::System { doing: "wait for news", source: error.into() }),
+        }
+        let keys = fds.get(2).is_some_and(|fd| !fd.revents().is_empty());
+        drop(fds);
+        if keys {
+            self.keyboard.read(&self.console);
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Supervisor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Supervisor").field("name", &self.name).field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+/// A machine that has its kernel loaded. If that fails the VM counts as ended, not as cut off.
+fn boot(regions: &mut VmRegions, wiring: Wiring) -> Result<Machine, SupervisorError> {
+    let host = Host::open()?;
+    regions.prepare_to_boot()?;
+    let booted = regions.assemble(host, wiring).map_err(SupervisorError::from).and_then(|mut machine| {
+        machine.boot()?;
+        Ok(machine)
+    });
+    if let Err(error) = &booted {
+        regions.revert_config();
+        regions.write_ended(format!("it could not be started: {}", Chain(error)))?;
+    }
+    booted
+}
+
+/// The console as a freeze sees it.
+struct Around<'a>(&'a Console);
+
+impl Surroundings for Around<'_> {
+    fn hurry(&self, hurry: bool) {
+        self.0.set_hurry(hurry);
+    }
+
+    fn quiesce(&self, output: Output) -> Result<(), String> {
+        let _ = self.0.drain();
+        match output {
+            Output::Durable => self.0.persist().map_err(|error| Chain(&error).to_string()),
+            Output::Handed => Ok(()),
+        }
+    }
+
+    fn save(&self) -> ConsoleStateV1 {
+        self.0.save()
+    }
+}
+
+/// An error with its causes, in one line.
+pub struct Chain<'a>(pub &'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
