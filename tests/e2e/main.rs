@@ -1,0 +1,23 @@
+//! The command line, end to end: each test drives the binary through [`tests::perdure::Perdure`], on a pool of its own.
+//! They run on this machine's `/dev/kvm`, or in the lab where there is none (tests/run chooses).
+
+mod console;
+mod damage;
+mod doctor;
+mod documents;
+mod generations;
+mod generations_capture;
+mod holdup;
+mod host;
+mod hostile_guests;
+mod kernels;
+mod killed;
+mod lifecycle;
+mod machine_code;
+mod outages;
+mod ownership;
+mod pool_bytes;
+mod random;
+mod typing;
+mod usage;
+mod vm;

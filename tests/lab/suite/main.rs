@@ -1,0 +1,5 @@
+//! The lab's tests: they boot real machines and pull the plug.
+
+mod generations;
+mod machine;
+mod outages;
