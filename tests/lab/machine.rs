@@ -70,6 +70,17 @@ pub struct L1 {
     boot_time: Duration,
 }
 
+/// What perdure's processes in L1 are at: each thread's state and where in the kernel it waits; the VMs; the kernel's log.
+const AUTOPSY: &str = r#"for task in $(ls -d /proc/[0-9]*/task/* 2>/dev/null); do
+    grep -q perdure $task/../../comm 2>/dev/null || continue
+    echo "$task $(cat $task/comm) $(grep State $task/status) $(cat $task/syscall)"
+    cat $task/stack
+done 2>/dev/null
+PERDURE_POOL=/pool/pool timeout 20 perdure list
+find /pool /dax -name '*.log' -exec tail -n 20 {} + 2>/dev/null
+dmesg | tail -n 20
+free -m"#;
+
 impl L1 {
     /// Boots a machine and waits for its agent.
     ///
@@ -158,8 +169,9 @@ impl L1 {
                 return output;
             }
             if begun.elapsed() > limit {
+                let state = self.run(AUTOPSY, Duration::from_secs(60)).text();
                 self.fail(&format!(
-                    "in L1, not within {limit:?}: {script}\nlast status {}: {}",
+                    "in L1, not within {limit:?}: {script}\nlast status {}: {}\n--- L1's VMs ---\n{state}",
                     output.status,
                     tail(&output.text())
                 ));
