@@ -119,7 +119,24 @@ impl Shared {
         self.pause.load(Ordering::SeqCst)
     }
 
-    fn set_idle(&self) {
+    /// Lets the vCPU run. Whether it must be told: one that was asked to stop and has not yet need not, it just goes on.
+    fn let_run(&self) -> bool {
+        let mut running = self.running();
+        self.pause.store(false, Ordering::SeqCst);
+        self.immediate_exit.set(0);
+        !std::mem::replace(&mut *running, true)
+    }
+
+    /// The vCPU has stopped, and stays so; unless it was let run in the meantime.
+    fn set_idle(&self) -> bool {
+        let mut running = self.running();
+        *running = !self.pause.load(Ordering::SeqCst);
+        self.idle.notify_all();
+        !*running
+    }
+
+    /// The vCPU has stopped for good.
+    fn set_ended(&self) {
         *self.running() = false;
         self.idle.notify_all();
     }
@@ -177,10 +194,7 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::ThreadGone`].
     pub fn run(&self) -> Result<(), KvmError> {
-        self.shared.pause.store(false, Ordering::SeqCst);
-        self.shared.immediate_exit.set(0);
-        *self.shared.running() = true;
-        self.send(Command::Run)
+        if self.shared.let_run() { self.send(Command::Run) } else { Ok(()) }
     }
 
     /// Asks the vCPU to stop, without waiting for it: so that all of them stop at once.
@@ -277,19 +291,28 @@ impl Runner {
     fn serve(mut self, inbox: &mpsc::Receiver<Command>) {
         while let Ok(command) = inbox.recv() {
             match command {
-                Command::Run => {
-                    if let Err(failure) = self.run_until_paused() {
-                        self.accesses.stop();
-                        (self.events)(VcpuEvent::Failed(failure));
-                    }
-                    self.shared.set_idle();
-                }
+                Command::Run => self.run(),
                 // Nobody waits any more if the reply cannot be sent.
                 Command::Save(reply) => drop(reply.send(registers::save(&self.vm, &self.fd, &self.msr_indices))),
                 Command::NotifyPaused => {
                     // EINVAL: the guest has not set up kvmclock, so there is nobody to tell.
                     let _ = self.fd.kvmclock_ctrl();
                 }
+            }
+        }
+    }
+
+    fn run(&mut self) {
+        loop {
+            if let Err(failure) = self.run_until_paused() {
+                self.accesses.stop();
+                (self.events)(VcpuEvent::Failed(failure));
+            }
+            if self.accesses.is_stopping() {
+                return self.shared.set_ended();
+            }
+            if self.shared.set_idle() {
+                return;
             }
         }
     }
