@@ -29,11 +29,13 @@ pub mod medium;
 pub mod name;
 pub mod pool;
 pub mod region;
+mod size;
 
-pub use catalog::{MediumSettings, RegionInfo, Settings};
+pub use catalog::{CatalogError, MediumSettings, RegionInfo, Settings};
 pub use lease::{Holder, Lease, LeaseError};
 pub use medium::{Dirty, Mapping, MediumError, MediumKind, PAGE_SIZE, PersistReport};
 pub use name::{NameError, RegionName};
 pub use pool::check::{Problem, Report};
 pub use pool::{Pool, PoolError, RegionSpec, Usage, default_pool_dir};
 pub use region::{Kind, Region, RegionError};
+pub use size::Size;

@@ -12,6 +12,7 @@ use crate::lease::{Holder, Lease, LeaseError};
 use crate::medium::{MediumError, MediumKind};
 use crate::name::{NameError, RegionName};
 use crate::region::{Kind, RegionError};
+use crate::size::Size;
 
 mod change;
 pub mod check;
@@ -109,8 +110,8 @@ pub enum PoolError {
     },
     /// The pool's limit for a medium.
     #[error(
-        "{needed} bytes are needed for region {name} on {medium}, {free} of the pool's limit of {capacity} are free: \
-             free regions, or raise the limit"
+        "{} are needed for region {name} on {medium}, {} of the pool's limit of {} are free: free regions, or raise the limit",
+        Size(*needed), Size(*free), Size(*capacity)
     )]
     OverCapacity {
         /// The region.
@@ -125,8 +126,8 @@ pub enum PoolError {
         capacity: u64,
     },
     /// The file system is full.
-    #[error("{needed} bytes are needed for region {name} in {}, {free} are free on that file system: make room, or \
-             choose another medium", directory.display())]
+    #[error("{} are needed for region {name} in {}, {} are free on that file system: make room, or \
+             choose another medium", Size(*needed), directory.display(), Size(*free))]
     NoSpace {
         /// The region.
         name: RegionName,
@@ -199,8 +200,15 @@ impl Pool {
     /// [`PoolError::Catalog`]: missing, of a newer version, damaged.
     pub fn open(dir: impl AsRef<Path>, vfs: Arc<dyn Vfs>) -> Result<Self, PoolError> {
         let dir = dir.as_ref().to_owned();
-        let catalog = RwLock::new(Catalog::load(&*vfs, &dir)?);
-        Ok(Self { dir, vfs, catalog })
+        match Catalog::load(&*vfs, &dir) {
+            Ok(catalog) => Ok(Self { dir, vfs, catalog: RwLock::new(catalog) }),
+            Err(error) => {
+                if matches!(error, CatalogError::Missing { .. }) {
+                    create::refuse_lost(&*vfs, &dir)?;
+                }
+                Err(error.into())
+            }
+        }
     }
 
     /// Its directory.

@@ -69,8 +69,11 @@ fn another_size_kind_or_medium_is_an_error_that_states_both() {
         let error = pool.allocate(&name("a"), asked).unwrap_err();
         let text = told(&error);
         assert!(matches!(error, PoolError::Mismatch { .. }));
-        assert!(text.contains("kind ram, 8192 bytes, medium file"), "{text}");
-        assert!(text.contains(&format!("kind {}, {} bytes", asked.kind, asked.size)), "{text}");
+        assert!(text.contains("kind ram, 8 KiB (8192 bytes), medium file"), "{text}");
+        assert!(
+            text.contains(&format!("kind {}, {} KiB ({} bytes)", asked.kind, asked.size / 1024, asked.size)),
+            "{text}"
+        );
     }
     let mut bytes = [0; 8192];
     open(&pool, "a").read_at(&mut bytes, 0).unwrap();
@@ -168,7 +171,7 @@ fn the_limit_of_a_medium_holds_before_the_file_system_is_asked() {
     pool.allocate(&name("a"), spec(Kind::Ram, 40_960)).unwrap();
     let error = pool.allocate(&name("b"), spec(Kind::Ram, 40_960)).unwrap_err();
     let text = told(&error);
-    assert!(text.contains("57344 bytes are needed") && text.contains("42656 of the pool's limit of 100000"), "{text}");
+    assert!(text.contains("56 KiB are needed") && text.contains("41.7 KiB of the pool's limit of 97.7 KiB"), "{text}");
     assert!(matches!(pool.resize(&name("a"), 1 << 20), Err(PoolError::OverCapacity { .. })));
     let usage = pool.usage().unwrap();
     let file = usage.iter().find(|usage| usage.medium == MediumKind::File).unwrap();

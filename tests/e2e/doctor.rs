@@ -75,7 +75,7 @@ fn doctor_makes_no_pool_and_leaves_nothing_in_one() {
     assert_eq!(report["media"]["exists"], false);
     assert!(!perdure.pool().exists());
 
-    perdure.run(&["list"]).expect_code(0);
+    perdure.run(&["run", "--guest", "counter", "--memory", "8M", "--cmdline", "ticks=1"]).expect_code(0);
     let before = entries(perdure.pool());
     let report = perdure.run(&["doctor", "--json"]).expect_code(0).json();
     assert_eq!(report["media"]["exists"], true);
@@ -95,7 +95,7 @@ fn a_pool_in_ram_is_warned_of() {
 #[test]
 fn a_damaged_pool_is_a_problem_and_the_rest_is_well() {
     let perdure = Perdure::new();
-    perdure.run(&["list"]).expect_code(0);
+    perdure.run(&["run", "--guest", "counter", "--memory", "8M", "--cmdline", "ticks=1"]).expect_code(0);
     let catalog = perdure.pool().join("catalog");
     fs::write(&catalog, "damaged").expect("the catalog is a file");
     let report = perdure.run(&["doctor", "--json"]).expect_code(1).json();

@@ -121,3 +121,14 @@ fn the_manual_page_is_troff_and_names_every_command() {
         assert!(page.contains(verb), "no {verb}");
     }
 }
+
+#[test]
+fn looking_at_a_pool_that_is_not_there_and_asking_for_what_cannot_be_make_none() {
+    let perdure = Perdure::new();
+    assert_eq!(perdure.run(&["list", "--json"]).expect_code(0).json(), serde_json::json!([]));
+    for wrong in [["run", "--cpus", "0"], ["run", "--memory", "1000"]] {
+        let ended = perdure.run(&wrong).expect_code(2);
+        assert!(!ended.stderr.contains("called"), "a VM that is not there has no name: {}", ended.stderr);
+    }
+    assert!(!perdure.pool().exists());
+}

@@ -17,6 +17,7 @@ use crate::lease::{Lease, LeaseError};
 use crate::medium::{Backing, HUGE_PAGE, MediumKind, PAGE_SIZE, dax};
 use crate::name::RegionName;
 use crate::region::{self, Kind, Region};
+use crate::size::Size;
 
 /// Bytes that are free on the file system of `directory`, or of what it will be made in.
 pub(super) fn available(vfs: &dyn Vfs, directory: &Path) -> Result<Option<u64>, PoolError> {
@@ -458,7 +459,7 @@ fn same(found: RegionInfo, spec: RegionSpec) -> Result<RegionInfo, PoolError> {
     if (found.kind, found.size, found.medium) == (spec.kind, spec.size, medium) {
         return Ok(found);
     }
-    let say = |kind, size, medium| format!("kind {kind}, {size} bytes, medium {medium}");
+    let say = |kind, size, medium| format!("kind {kind}, {} ({size} bytes), medium {medium}", Size(size));
     Err(PoolError::Mismatch {
         found: say(found.kind, found.size, found.medium),
         asked: say(spec.kind, spec.size, medium),

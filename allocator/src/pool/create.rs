@@ -66,7 +66,7 @@ impl Pool {
 }
 
 /// Where region files are and no catalog, a new catalog would hide them.
-fn refuse_lost(vfs: &dyn Vfs, dir: &Path) -> Result<(), CatalogError> {
+pub(super) fn refuse_lost(vfs: &dyn Vfs, dir: &Path) -> Result<(), CatalogError> {
     let media = MediumKind::ALL.map(|medium| dir.join("media").join(medium.as_str()));
     let has_regions = |media: &PathBuf| {
         let entries = vfs.read_dir(media).unwrap_or_default();

@@ -12,9 +12,13 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> {
-    let pool = environment.open_or_create_pool()?;
-    let look = |name: &String| survey(environment, &pool, name).map(|survey| survey.with_generations(&pool));
-    let vms = names(&pool).iter().map(look).collect::<Result<Vec<_>, _>>()?;
+    let vms = match environment.open_pool_if_any()? {
+        Some(pool) => {
+            let look = |name: &String| survey(environment, &pool, name).map(|survey| survey.with_generations(&pool));
+            names(&pool).iter().map(look).collect::<Result<Vec<_>, _>>()?
+        }
+        None => Vec::new(),
+    };
     if args.json {
         return output::json(&vms);
     }

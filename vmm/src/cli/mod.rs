@@ -36,7 +36,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use allocator::Pool;
+use allocator::{CatalogError, Pool, PoolError};
 use anyhow::Context as _;
 use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
@@ -117,6 +117,14 @@ impl Environment {
     /// The pool, which must be there.
     fn open_pool(&self) -> anyhow::Result<Pool> {
         Ok(Pool::open(&self.pool, Arc::new(HostVfs))?)
+    }
+
+    /// The pool, if there is one.
+    fn open_pool_if_any(&self) -> anyhow::Result<Option<Pool>> {
+        match Pool::open(&self.pool, Arc::new(HostVfs)) {
+            Err(PoolError::Catalog(CatalogError::Missing { .. })) => Ok(None),
+            other => Ok(Some(other?)),
+        }
     }
 
     /// The pool, made if it is not there.

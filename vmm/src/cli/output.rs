@@ -28,14 +28,7 @@ pub(super) fn json(value: &impl Serialize) -> anyhow::Result<()> {
 
 /// A number of bytes, for people.
 pub(super) fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if value.fract() == 0.0 { format!("{value} {}", UNITS[unit]) } else { format!("{value:.1} {}", UNITS[unit]) }
+    allocator::Size(bytes).to_string()
 }
 
 /// A throughput in bytes a second, for people: decimal units, as disks are sold.

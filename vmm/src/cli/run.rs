@@ -67,7 +67,14 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
-    let pool = environment.open_or_create_pool()?;
+    let pool = match environment.open_pool_if_any()? {
+        Some(pool) => pool,
+        None => {
+            // A command line that asks for what cannot be is to leave nothing behind.
+            args.configure(None)?;
+            environment.open_or_create_pool()?
+        }
+    };
     let name = match &args.name {
         Some(name) => name.clone(),
         None => std::env::var(NAME).unwrap_or_else(|_| names::fresh(&survey::names(&pool))),
@@ -81,9 +88,6 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
     if let Some(code) = live::elsewhere(environment, &name, args.detach, &config.serial)? {
         return Ok(code);
     }
-    if made_up {
-        eprintln!("perdure: this VM is called {name}");
-    }
     let begin = |keyboard| {
         let regions = if existing { reuse(&pool, &name, &config)? } else { VmRegions::create(&pool, &name, &config)? };
         let booted = Supervisor::boot(environment.pool.clone(), regions, keyboard);
@@ -93,7 +97,11 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
                 tracing::warn!("{name} is not removed: {}", super::one_line(&error));
             }
         }
-        Ok(booted?)
+        let booted = booted?;
+        if made_up {
+            eprintln!("perdure: this VM is called {name}");
+        }
+        Ok(booted)
     };
     let after = |ended: &Ended| {
         if made_up && matches!(ended, Ended::PoweredOff | Ended::Stopped | Ended::DebugExit(_)) {
