@@ -5,7 +5,7 @@ use std::time::Duration;
 use tests::lab::chain;
 use tests::lab::disk::{Cache, Disk, make_ext4};
 use tests::lab::guest;
-use tests::lab::machine::{L1, Options};
+use tests::lab::machine::{L1, Options, Output};
 
 const SOON: Duration = Duration::from_secs(60);
 /// For the guest's Linux to boot in KVM in TCG; it takes 4 to 7 s on an idle machine.
@@ -112,7 +112,7 @@ fn a_chain_in_stock_linux_survives_power_cuts_on_nvdimm() {
 }
 
 #[test]
-fn a_stock_debian_kernel_boots_to_a_shell() {
+fn a_stock_debian_kernel_boots_to_a_shell_and_reboots() {
     let directory = tempfile::tempdir().unwrap();
     let disk = Disk::create(&directory.path().join("disk"), 1024, Cache::Host);
     let mut l1 = L1::boot(&options(&disk, None));
@@ -132,6 +132,10 @@ fn a_stock_debian_kernel_boots_to_a_shell() {
     l1.check("echo 'echo sum $((6 * 7)); uname -r; nproc' >/tmp/keys", SOON);
     let seen = l1.wait_until(screen, SOON, |seen| seen.text().contains("sum 42"));
     assert!(seen.text().contains("-cloud-amd64"), "{}", seen.text());
+    // A reboot goes through the guest's reset code, as firmware gets it: a fresh machine boots the same kernel.
+    l1.check("echo 'reboot -f' >/tmp/keys", SOON);
+    let boots = |seen: &Output| seen.text().matches("is up").count();
+    l1.wait_until(screen, GUEST_BOOT, |seen| boots(seen) == 2 && seen.text().matches("guest# ").count() > 3);
     // The shell's end is the guest's: its init powers off.
     l1.check("echo exit >/tmp/keys", SOON);
     let status = l1.wait_until("cat /tmp/status", SOON, |seen| !seen.output.is_empty() && seen.status == 0);
