@@ -5,7 +5,7 @@ use std::time::Duration;
 use tests::lab::chain;
 use tests::lab::disk::{Cache, Disk};
 use tests::lab::guest;
-use tests::lab::machine::{L1, Options};
+use tests::lab::machine::{L1, Options, in_emulation};
 
 const SOON: Duration = Duration::from_secs(60);
 const GUEST_BOOT: Duration = Duration::from_secs(180);
@@ -49,6 +49,10 @@ fn splice(told: &mut Vec<(u64, String)>, next: Vec<(u64, String)>) -> u64 {
 
 #[test]
 fn a_chain_in_stock_linux_loses_no_more_than_the_interval_at_cuts_that_nobody_announced() {
+    in_emulation(chain_survives_unannounced_cuts);
+}
+
+fn chain_survives_unannounced_cuts() {
     let directory = tempfile::tempdir().unwrap();
     let disk = Disk::create(&directory.path().join("disk"), 3072, Cache::Volatile { seed: 4 });
     let files = guest::files(Path::new(env!("CARGO_BIN_EXE_chain")));

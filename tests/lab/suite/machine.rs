@@ -3,7 +3,7 @@
 use std::time::Duration;
 use tests::lab::cpio::File;
 use tests::lab::disk::{Cache, Disk, make_ext4};
-use tests::lab::machine::{L1, Options};
+use tests::lab::machine::{L1, Options, in_emulation};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -65,4 +65,23 @@ fn persistent_memory_keeps_what_was_stored_without_a_flush() {
     l1.power_cut();
     let mut l1 = L1::boot(&options);
     assert_eq!(l1.check("yes perdure | head -c 1048576 | cmp - /dax/f && echo same", SOON).trim(), "same");
+}
+
+#[test]
+fn a_test_runs_once_more_after_a_triple_fault_and_after_nothing_else() {
+    let runs = |fails: &dyn Fn(u32) -> Option<&'static str>| {
+        let count = std::cell::Cell::new(0);
+        let run = || {
+            count.set(count.get() + 1);
+            if let Some(why) = fails(count.get()) {
+                panic!("{why}{}", "");
+            }
+        };
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| in_emulation(run)));
+        (count.get(), ended.is_ok())
+    };
+    assert_eq!(runs(&|_| None), (1, true));
+    assert_eq!(runs(&|run| (run == 1).then_some("the guest triple-faulted")), (2, true));
+    assert_eq!(runs(&|_| Some("the guest triple-faulted")), (2, false));
+    assert_eq!(runs(&|_| Some("a link is missing")), (1, false));
 }

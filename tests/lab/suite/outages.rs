@@ -5,7 +5,7 @@ use std::time::Duration;
 use tests::lab::chain;
 use tests::lab::disk::{Cache, Disk, make_ext4};
 use tests::lab::guest;
-use tests::lab::machine::{L1, Options, Output};
+use tests::lab::machine::{L1, Options, Output, in_emulation};
 
 const SOON: Duration = Duration::from_secs(60);
 /// For the guest's Linux to boot in KVM in TCG; it takes 4 to 7 s on an idle machine.
@@ -98,17 +98,17 @@ fn find<'a>(value: &'a serde_json::Value, name: &str) -> Option<&'a serde_json::
 
 #[test]
 fn a_chain_in_stock_linux_survives_power_cuts_on_file() {
-    chain_survives_outages("file", "/pool", 1);
+    in_emulation(|| chain_survives_outages("file", "/pool", 1));
 }
 
 #[test]
 fn a_chain_in_stock_linux_survives_power_cuts_on_dax() {
-    chain_survives_outages("dax", "/dax", 2);
+    in_emulation(|| chain_survives_outages("dax", "/dax", 2));
 }
 
 #[test]
 fn a_chain_in_stock_linux_survives_power_cuts_on_nvdimm() {
-    chain_survives_outages("nvdimm", "/pool", 3);
+    in_emulation(|| chain_survives_outages("nvdimm", "/pool", 3));
 }
 
 #[test]
