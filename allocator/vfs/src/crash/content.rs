@@ -1,6 +1,7 @@
 //! What is in a simulated file: sparse sectors, a length, and the storage reserved for it.
 
 use std::collections::BTreeMap;
+use std::hash::Hasher;
 use std::sync::Arc;
 
 /// The unit in which a disk writes: a sector is old or new, never half of each.
@@ -203,6 +204,24 @@ impl Content {
         if let (true, Some((length, reserved))) = (metadata, &change.metadata) {
             self.length = *length;
             self.reserved = reserved.clone();
+        }
+    }
+
+    /// The sectors that would read differently if `change` were applied, lengths aside.
+    pub(super) fn changed_by(&self, change: &Change) -> Vec<u64> {
+        let zero: &Sector = &[0; SECTOR as usize];
+        let bytes = |sector: Option<&Arc<Sector>>| sector.map_or(*zero, |sector| **sector);
+        let changes = change.sectors.iter();
+        let differs = changes.filter(|(number, new)| bytes(self.sectors.get(number)) != bytes(new.as_ref()));
+        differs.map(|(number, _)| *number).collect()
+    }
+
+    /// Feeds the length and what is not zero to `hasher`.
+    pub(super) fn digest(&self, hasher: &mut impl Hasher) {
+        hasher.write_u64(self.length);
+        for (number, sector) in self.sectors.iter().filter(|(_, sector)| sector.iter().any(|byte| *byte != 0)) {
+            hasher.write_u64(*number);
+            hasher.write(&sector[..]);
         }
     }
 
