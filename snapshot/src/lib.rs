@@ -34,6 +34,7 @@ mod codec;
 mod dedup;
 mod diff;
 mod error;
+mod fault;
 mod frame;
 mod generation;
 mod hash;
@@ -58,6 +59,8 @@ mod writer;
 pub use codec::Compression;
 pub use diff::{PageRange, RegionDiff};
 pub use error::StoreError;
+#[cfg(feature = "seeded-faults")]
+pub use fault::seed_fault;
 pub use generation::{
     BlobInfo, Generation, GenerationId, NewGeneration, Origin, PAGE_SIZE, Page, Parent, RegionInfo, RegionSpec,
 };

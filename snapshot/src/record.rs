@@ -1,5 +1,6 @@
 //! The records of the ledger: one slot of 4 KiB each, so that none shares a disk block with another.
 
+use crate::batch::is_zero;
 use crate::frame::{Append, Fields, Malformed, crc};
 use crate::generation::{Generation, GenerationId, LABEL_MAX, NAME_MAX, Origin};
 use crate::hash::Hash;
@@ -105,7 +106,7 @@ impl Slot {
         }
         let mut plain = bytes[..HEADER + length].to_vec();
         plain[40..60].fill(0);
-        if crc(&plain) != sum || Hash::of(&plain) != hash || bytes[HEADER + length..].iter().any(|byte| *byte != 0) {
+        if crc(&plain) != sum || Hash::of(&plain) != hash || !is_zero(&bytes[HEADER + length..]) {
             return Err(Malformed("its checksum is wrong"));
         }
         let mut body = Fields::new(&plain[HEADER..]);
