@@ -36,6 +36,8 @@ mod diff;
 mod error;
 mod fault;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod generation;
 mod hash;
 mod impact;

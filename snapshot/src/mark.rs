@@ -42,32 +42,35 @@ impl Distinct {
     }
 }
 
-/// A set of blocks of one file, one bit each.
+/// A set of blocks of one file, one bit each, in words of 64. It takes memory for the blocks in it and not for those before them: a
+/// reference may speak of any offset, in any number of packs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Blocks {
-    bits: Vec<u64>,
+    words: BTreeMap<u64, u64>,
 }
 
 impl Blocks {
     /// Adds the blocks that bytes `start..end` touch.
     pub(crate) fn add(&mut self, start: u64, end: u64) {
         for block in start / BLOCK..end.div_ceil(BLOCK) {
-            let word = (block / 64) as usize;
-            if word >= self.bits.len() {
-                self.bits.resize(word + 1, 0);
-            }
-            self.bits[word] |= 1 << (block % 64);
+            *self.words.entry(block / 64).or_default() |= 1 << (block % 64);
         }
     }
 
     pub(crate) fn has(&self, block: u64) -> bool {
-        self.bits.get((block / 64) as usize).is_some_and(|word| word >> (block % 64) & 1 == 1)
+        self.words.get(&(block / 64)).is_some_and(|word| word >> (block % 64) & 1 == 1)
     }
 
     /// Where the last block ends, in bytes.
     pub(crate) fn end(&self) -> u64 {
-        let last = self.bits.iter().rposition(|word| *word != 0);
-        last.map_or(0, |word| (word as u64 * 64 + 64 - u64::from(self.bits[word].leading_zeros())) * BLOCK)
+        let last = self.words.last_key_value();
+        last.map_or(0, |(number, word)| (number * 64 + 64 - u64::from(word.leading_zeros())) * BLOCK)
+    }
+
+    /// About how many bytes the set takes.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn memory(&self) -> usize {
+        self.words.len() * 16
     }
 
     /// The longest runs of blocks below `end` for which `wanted` holds, as byte ranges.
@@ -138,7 +141,7 @@ impl Marks {
         }
     }
 
-    fn follow(&mut self, node: &Node, next: &mut Vec<NodeRef>) {
+    pub(crate) fn follow(&mut self, node: &Node, next: &mut Vec<NodeRef>) {
         match node {
             Node::Leaf(leaf) => {
                 let forgotten = |entry: &Entry| entry.second.is_some() && seeded("a walk skips one of two backlinks");
