@@ -57,9 +57,9 @@ fn main() -> ExitCode {
     };
     let report = states::enumerate(&states::all(), &states::plain, wanted.plan);
     if wanted.json {
-        print_json(&report)
+        print_json(&report);
     } else {
-        print_table(&report)
+        print_table(&report);
     }
     ExitCode::from(u8::from(!report.failures.is_empty()))
 }
