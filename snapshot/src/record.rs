@@ -173,7 +173,7 @@ fn decode_body(kind: u16, sequence: u64, body: &mut Fields<'_>) -> Result<Record
     Ok(match kind {
         1 => {
             let mut count = || body.u64().and_then(within(COUNT_MAX));
-            Record::Header { epoch: count()?, slots: count()?, lost: count()?, unswept: count()? }
+            Record::Header { epoch: count()?, slots: count()?, lost: count()?, unswept: body.u64()? }
         }
         2 => Record::Generation(Box::new(decode_generation(sequence, body)?)),
         3 => {
