@@ -13,6 +13,7 @@ use std::sync::Arc;
 use vfs::{OpenMode, Vfs, VfsFile};
 
 use crate::error::StoreError;
+use crate::fault::seeded;
 use crate::generation::GenerationId;
 use crate::pack::{run_all, sync_dir};
 use crate::record::{Committed, Ends, Record, SLOT, Slot, VERSION, foreign_version};
@@ -150,7 +151,8 @@ impl State {
             }
             Record::Purge { lineage, numbers } => {
                 if let Some(generations) = self.generations.get_mut(&lineage) {
-                    for gone in numbers.iter().filter_map(|number| generations.remove(number)) {
+                    let forgotten = usize::from(seeded("a purge forgets the first of its generations"));
+                    for gone in numbers.iter().skip(forgotten).filter_map(|number| generations.remove(number)) {
                         let bytes = gone.info.page_bytes_stored.saturating_add(gone.info.archive_bytes_stored);
                         self.unswept = self.unswept.saturating_add(bytes);
                     }
@@ -258,7 +260,10 @@ impl Ledger {
             Err(error) => return Err(StoreError::io("open", &path)(error)),
         };
         let mut copy = Copy { present: true, ..Copy::default() };
-        let mut buffer = vec![0; READ];
+        // One slot more than there is, so that the end shows; most ledgers are short.
+        let length = handle.len().map_err(StoreError::io("read the length of", &path))?;
+        let slots = usize::try_from(length / SLOT as u64).unwrap_or(usize::MAX).saturating_add(2);
+        let mut buffer = vec![0; slots.saturating_mul(SLOT).min(READ)];
         loop {
             let count = read_up_to(&*handle, &mut buffer, copy.length).map_err(StoreError::io("read", &path))?;
             copy.length += count as u64;
@@ -356,7 +361,11 @@ impl Ledger {
     pub(crate) fn rewrite(&self, state: &mut State) -> Result<(), StoreError> {
         let (epoch, lost, unswept) = (state.epoch + 1, state.lost, state.unswept);
         let mut records = vec![(state.sequence, Record::Header { epoch, slots: state.needed(), lost, unswept })];
-        let floors = state.next.iter().map(|(lineage, next)| Record::Floor { lineage: lineage.clone(), next: *next });
+        let floors = state
+            .next
+            .iter()
+            .filter(|_| !seeded("a rewrite forgets which numbers were given out"))
+            .map(|(lineage, next)| Record::Floor { lineage: lineage.clone(), next: *next });
         records.extend(floors.chain([Record::Resume(state.ends)]).map(|record| (state.sequence, record)));
         let mut generations = state.newest_first();
         generations.reverse();
@@ -366,10 +375,10 @@ impl Ledger {
                 .map(|committed| (committed.info.sequence, Record::Generation(Box::new((*committed).clone())))),
         );
         let slots = records.len() as u64;
-        let bytes: Vec<u8> = records
-            .into_iter()
-            .flat_map(|(sequence, record)| Slot { store: state.store, sequence, record }.encode())
-            .collect();
+        let mut bytes = Vec::with_capacity(records.len() * SLOT);
+        for (sequence, record) in records {
+            bytes.extend_from_slice(&Slot { store: state.store, sequence, record }.encode());
+        }
         for file in 0..FILES.len() {
             self.replace(file, &bytes)?;
         }

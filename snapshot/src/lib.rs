@@ -34,7 +34,10 @@ mod codec;
 mod dedup;
 mod diff;
 mod error;
+mod fault;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod generation;
 mod hash;
 mod impact;
@@ -58,6 +61,8 @@ mod writer;
 pub use codec::Compression;
 pub use diff::{PageRange, RegionDiff};
 pub use error::StoreError;
+#[cfg(feature = "seeded-faults")]
+pub use fault::seed_fault;
 pub use generation::{
     BlobInfo, Generation, GenerationId, NewGeneration, Origin, PAGE_SIZE, Page, Parent, RegionInfo, RegionSpec,
 };

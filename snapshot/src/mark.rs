@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use crate::archive::Archive;
 use crate::error::StoreError;
+use crate::fault::seeded;
 use crate::node::{Entry, Manifest, NODE_UNIT, Node, NodeRef, PAGE_UNIT};
 use crate::pack::BLOCK;
 
@@ -41,32 +42,35 @@ impl Distinct {
     }
 }
 
-/// A set of blocks of one file, one bit each.
+/// A set of blocks of one file, one bit each, in words of 64. It takes memory for the blocks in it and not for those before them: a
+/// reference may speak of any offset, in any number of packs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Blocks {
-    bits: Vec<u64>,
+    words: BTreeMap<u64, u64>,
 }
 
 impl Blocks {
     /// Adds the blocks that bytes `start..end` touch.
     pub(crate) fn add(&mut self, start: u64, end: u64) {
         for block in start / BLOCK..end.div_ceil(BLOCK) {
-            let word = (block / 64) as usize;
-            if word >= self.bits.len() {
-                self.bits.resize(word + 1, 0);
-            }
-            self.bits[word] |= 1 << (block % 64);
+            *self.words.entry(block / 64).or_default() |= 1 << (block % 64);
         }
     }
 
     pub(crate) fn has(&self, block: u64) -> bool {
-        self.bits.get((block / 64) as usize).is_some_and(|word| word >> (block % 64) & 1 == 1)
+        self.words.get(&(block / 64)).is_some_and(|word| word >> (block % 64) & 1 == 1)
     }
 
     /// Where the last block ends, in bytes.
     pub(crate) fn end(&self) -> u64 {
-        let last = self.bits.iter().rposition(|word| *word != 0);
-        last.map_or(0, |word| (word as u64 * 64 + 64 - u64::from(self.bits[word].leading_zeros())) * BLOCK)
+        let last = self.words.last_key_value();
+        last.map_or(0, |(number, word)| (number * 64 + 64 - u64::from(word.leading_zeros())) * BLOCK)
+    }
+
+    /// About how many bytes the set takes.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn memory(&self) -> usize {
+        self.words.len() * 16
     }
 
     /// The longest runs of blocks below `end` for which `wanted` holds, as byte ranges.
@@ -137,12 +141,16 @@ impl Marks {
         }
     }
 
-    fn follow(&mut self, node: &Node, next: &mut Vec<NodeRef>) {
+    pub(crate) fn follow(&mut self, node: &Node, next: &mut Vec<NodeRef>) {
         match node {
             Node::Leaf(leaf) => {
-                for link in leaf.iter().flatten().flat_map(Entry::links).filter(|link| link.offset() < OFFSET_MAX) {
+                let forgotten = |entry: &Entry| entry.second.is_some() && seeded("a walk skips one of two backlinks");
+                let links = leaf.iter().flatten().flat_map(|entry| entry.links().skip(usize::from(forgotten(entry))));
+                for link in links.filter(|link| link.offset() < OFFSET_MAX) {
                     let blocks = self.data.entry(link.pack).or_default();
-                    blocks.add(0, 1);
+                    if !seeded("a walk skips the headers of packs") {
+                        blocks.add(0, 1);
+                    }
                     blocks.add(link.offset(), link.end().next_multiple_of(PAGE_UNIT));
                 }
             }
@@ -163,7 +171,8 @@ pub(crate) fn in_order(mut nodes: Vec<NodeRef>) -> Vec<NodeRef> {
 /// The nodes that a manifest refers to.
 pub(crate) fn manifest_children(manifest: &Manifest) -> impl Iterator<Item = NodeRef> + '_ {
     let roots = manifest.regions.iter().filter_map(|region| region.root);
-    roots.chain(manifest.blobs.iter().flat_map(|blob| blob.pieces.iter().copied()))
+    let blobs = manifest.blobs.iter().filter(|_| !seeded("a walk skips blobs"));
+    roots.chain(blobs.flat_map(|blob| blob.pieces.iter().copied()))
 }
 
 /// The error of an operation that must know all that is alive, and cannot.

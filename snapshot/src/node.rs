@@ -166,7 +166,7 @@ pub(crate) enum Node {
 }
 
 /// Puts `body` into a frame.
-fn frame(kind: u8, level: u8, body: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(kind: u8, level: u8, body: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(NODE_HEADER + body.len());
     out.u32(MAGIC);
     out.u8(kind);
@@ -244,6 +244,9 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Node, Malformed> {
     let (length, sum) = (fields.u32()? as usize, fields.u32()?);
     if version != VERSION || reserved != 0 {
         return Err(Malformed("its version is unknown"));
+    }
+    if kind != INNER && level != 0 {
+        return Err(Malformed("its level is impossible"));
     }
     if length != fields.left() {
         return Err(Malformed("its length is not what it says"));

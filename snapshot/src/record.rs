@@ -1,5 +1,6 @@
 //! The records of the ledger: one slot of 4 KiB each, so that none shares a disk block with another.
 
+use crate::batch::is_zero;
 use crate::frame::{Append, Fields, Malformed, crc};
 use crate::generation::{Generation, GenerationId, LABEL_MAX, NAME_MAX, Origin};
 use crate::hash::Hash;
@@ -10,9 +11,13 @@ pub(crate) const SLOT: usize = 4096;
 /// Bytes before a slot's body.
 const HEADER: usize = 60;
 /// Most bytes of a body.
-const BODY_MAX: usize = SLOT - HEADER;
+pub(crate) const BODY_MAX: usize = SLOT - HEADER;
 /// Most generations that one purge record names.
 pub(crate) const PURGE_MAX: usize = 400;
+/// Largest sequence number and count: so far below 2^64 that nothing that is added to it overflows.
+const COUNT_MAX: u64 = 1 << 62;
+/// Largest end of a pack: four times what [`crate::Options`] allows.
+const END_MAX: u64 = 1 << 39;
 const MAGIC: u64 = u64::from_le_bytes(*b"PERDURLG");
 /// Of the ledger's format.
 pub(crate) const VERSION: u16 = 1;
@@ -71,22 +76,7 @@ impl Slot {
     /// The 4096 bytes of the slot. All texts were checked to be short enough to fit.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let (kind, body) = encode_body(&self.record);
-        debug_assert!(body.len() <= BODY_MAX);
-        let mut out = Vec::with_capacity(SLOT);
-        out.u64(MAGIC);
-        out.u16(VERSION);
-        out.u16(kind);
-        out.u32(body.len() as u32);
-        out.u64(self.sequence);
-        out.extend_from_slice(&self.store);
-        out.resize(HEADER, 0);
-        out.extend_from_slice(&body);
-        let sum = crc(&out);
-        let hash = Hash::of(&out);
-        out[40..44].copy_from_slice(&sum.to_le_bytes());
-        out[44..60].copy_from_slice(&hash.0);
-        out.resize(SLOT, 0);
-        out
+        seal(self.store, self.sequence, kind, &body)
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
@@ -100,12 +90,12 @@ impl Slot {
         }
         let (sequence, store) = (fields.u64()?, fields.array()?);
         let (sum, hash) = (fields.u32()?, Hash(fields.array()?));
-        if length > BODY_MAX {
-            return Err(Malformed("its length is impossible"));
+        if length > BODY_MAX || sequence > COUNT_MAX {
+            return Err(Malformed("its length or number is impossible"));
         }
         let mut plain = bytes[..HEADER + length].to_vec();
         plain[40..60].fill(0);
-        if crc(&plain) != sum || Hash::of(&plain) != hash || bytes[HEADER + length..].iter().any(|byte| *byte != 0) {
+        if crc(&plain) != sum || Hash::of(&plain) != hash || !is_zero(&bytes[HEADER + length..]) {
             return Err(Malformed("its checksum is wrong"));
         }
         let mut body = Fields::new(&plain[HEADER..]);
@@ -113,6 +103,26 @@ impl Slot {
         body.end()?;
         Ok(Self { store, sequence, record })
     }
+}
+
+/// Makes `body` a slot. It must not be longer than [`BODY_MAX`].
+pub(crate) fn seal(store: [u8; 16], sequence: u64, kind: u16, body: &[u8]) -> Vec<u8> {
+    debug_assert!(body.len() <= BODY_MAX);
+    let mut out = Vec::with_capacity(SLOT);
+    out.u64(MAGIC);
+    out.u16(VERSION);
+    out.u16(kind);
+    out.u32(body.len() as u32);
+    out.u64(sequence);
+    out.extend_from_slice(&store);
+    out.resize(HEADER, 0);
+    out.extend_from_slice(body);
+    let sum = crc(&out);
+    let hash = Hash::of(&out);
+    out[40..44].copy_from_slice(&sum.to_le_bytes());
+    out[44..60].copy_from_slice(&hash.0);
+    out.resize(SLOT, 0);
+    out
 }
 
 /// The version of a slot that begins as one of ours does and is of another version.
@@ -161,7 +171,10 @@ fn encode_body(record: &Record) -> (u16, Vec<u8>) {
 
 fn decode_body(kind: u16, sequence: u64, body: &mut Fields<'_>) -> Result<Record, Malformed> {
     Ok(match kind {
-        1 => Record::Header { epoch: body.u64()?, slots: body.u64()?, lost: body.u64()?, unswept: body.u64()? },
+        1 => {
+            let mut count = || body.u64().and_then(within(COUNT_MAX));
+            Record::Header { epoch: count()?, slots: count()?, lost: count()?, unswept: body.u64()? }
+        }
         2 => Record::Generation(Box::new(decode_generation(sequence, body)?)),
         3 => {
             let lineage = body.text(NAME_MAX)?;
@@ -176,6 +189,11 @@ fn decode_body(kind: u16, sequence: u64, body: &mut Fields<'_>) -> Result<Record
         6 => Record::Resume(decode_ends(body)?),
         _ => return Err(Malformed("its kind is unknown")),
     })
+}
+
+/// Refuses numbers above `most`.
+fn within(most: u64) -> impl Fn(u64) -> Result<u64, Malformed> {
+    move |number| if number <= most { Ok(number) } else { Err(Malformed("a number in it is impossible")) }
 }
 
 fn encode_generation(committed: &Committed, out: &mut Vec<u8>) {
@@ -265,7 +283,7 @@ fn encode_ends(ends: &Ends, out: &mut Vec<u8>) {
 }
 
 fn decode_ends(body: &mut Fields<'_>) -> Result<Ends, Malformed> {
-    let mut end = || Ok(PackEnd { pack: body.u32()?, end: body.u64()? });
+    let mut end = || Ok(PackEnd { pack: body.u32()?, end: body.u64().and_then(within(END_MAX))? });
     Ok(Ends { data: end()?, archive: end()? })
 }
 

@@ -7,6 +7,7 @@ use std::sync::PoisonError;
 use vfs::OpenMode;
 
 use crate::error::StoreError;
+use crate::fault::seeded;
 use crate::ledger::{State, UNFINISHED};
 use crate::mark::{Blocks, Marks};
 use crate::node::NodeRef;
@@ -112,7 +113,8 @@ impl Store {
         let path = self.inner.packs.path(file, pack);
         let blocked = !report.blocked_by.is_empty();
         // No record ever spoke of a pack beyond the last one, whatever else is unknown.
-        if pack > end.pack || (alive.is_none() && !blocked) {
+        let beyond = pack > end.pack || (pack == end.pack && seeded("a sweep takes the last pack for a dead writer's"));
+        if beyond || (alive.is_none() && !blocked) {
             self.inner.packs.forget(file, pack);
             self.inner.vfs.remove_file(&path).map_err(StoreError::io("remove", &path))?;
             report.files_removed += 1;

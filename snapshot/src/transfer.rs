@@ -306,7 +306,7 @@ impl Out<'_> {
     }
 }
 
-fn checksum(kind: u32, body: &[u8]) -> u32 {
+pub(crate) fn checksum(kind: u32, body: &[u8]) -> u32 {
     let mut sum = crc32fast::Hasher::new();
     sum.update(&kind.to_le_bytes());
     sum.update(body);

@@ -20,7 +20,8 @@
 //!   except that a sync in flight has made nothing certain.
 //!
 //! Seeds 0, 1 and 2 are the corners: nothing that was not synced survives, all of it does, all bytes are torn by sectors.
-//! Any other seed mixes. The same operations and the same seed give the same disk.
+//! Any other seed mixes. The same operations and the same seed give the same disk. Where few operations hang,
+//! [`CrashVfs::every_cut`] goes through *all* disks that the cut may leave, and [`CrashVfs::digest`] tells them apart.
 //!
 //! [`CrashVfs::after_kill`] is the other accident: all processes died, the kernel lives. Everything that had returned is
 //! there, and as little of it is durable as before, so that a cut may follow.
@@ -32,6 +33,7 @@
 //! Not modelled: hard and symbolic links, permissions, mappings ([`crate::VfsFile::descriptor`] is `None`), space
 //! held by removed files that are still open, file systems that show stale blocks after a cut.
 
+use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -40,9 +42,11 @@ use rustix::io::Errno;
 
 use crate::poison::Poison;
 use crate::{DirEntry, EntryKind, OpenMode, Space, Vfs, VfsFile};
+use choices::{Choices, Turn};
 use content::SECTOR;
-use disk::{Choices, Disk, Id};
+use disk::{Disk, Id};
 
+mod choices;
 mod content;
 mod disk;
 #[cfg(test)]
@@ -64,6 +68,35 @@ impl std::error::Error for PowerCut {}
 #[must_use]
 pub fn is_power_cut(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<PowerCut>())
+}
+
+/// How finely [`CrashVfs::every_cut`] takes operations apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grain {
+    /// Each operation that no sync has covered happened or did not: every reordering, nothing torn.
+    Operation,
+    /// Each sector of it, its metadata, and each name for itself: everything that the model allows.
+    Sector,
+}
+
+/// Every disk that a cut may leave. Some may be equal: see [`CrashVfs::digest`].
+#[derive(Debug)]
+pub struct EveryCut {
+    disk: Disk,
+    turn: Option<Turn>,
+}
+
+impl Iterator for EveryCut {
+    type Item = CrashVfs;
+
+    fn next(&mut self) -> Option<CrashVfs> {
+        let mut choices = Choices::Turn(self.turn.take()?);
+        let left = self.disk.after_cut(&mut choices);
+        if let Choices::Turn(turn) = choices {
+            self.turn = turn.next();
+        }
+        Some(CrashVfs::of(left))
+    }
 }
 
 /// A simulated disk. Clones share it, as processes share a disk.
@@ -142,6 +175,33 @@ impl CrashVfs {
     #[must_use]
     pub fn after_cut(&self, seed: u64) -> Self {
         Self::of(self.lock().disk.after_cut(&mut Choices::new(seed)))
+    }
+
+    /// All states that the cut may have left (or would leave, were it now), at that grain. They are at most
+    /// 2^[`CrashVfs::choices`], so look at that first.
+    #[must_use]
+    pub fn every_cut(&self, grain: Grain) -> EveryCut {
+        EveryCut { disk: self.lock().disk.clone(), turn: Some(Turn::all(grain, false)) }
+    }
+
+    /// How many yes-or-no choices decide what the cut leaves.
+    #[must_use]
+    pub fn choices(&self, grain: Grain) -> u32 {
+        let disk = &self.lock().disk;
+        let asked = [false, true].map(|answer| {
+            let mut choices = Choices::Turn(Turn::all(grain, answer));
+            drop(disk.after_cut(&mut choices));
+            if let Choices::Turn(turn) = choices { turn.asked() } else { 0 }
+        });
+        asked.into_iter().max().unwrap_or(0)
+    }
+
+    /// Tells disks apart by what can be read on them: a 64-bit hash over names, lengths and bytes, the same in every run.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.lock().disk.digest(&mut hasher);
+        hasher.finish()
     }
 
     /// A fresh disk as it is when all processes were killed just before the operation of the cut (or now).

@@ -10,7 +10,7 @@ fn any_label() -> impl Strategy<Value = Option<String>> {
 }
 
 fn any_ends() -> impl Strategy<Value = Ends> {
-    let end = (any::<u32>(), any::<u64>()).prop_map(|(pack, end)| PackEnd { pack, end });
+    let end = (any::<u32>(), 0..=END_MAX).prop_map(|(pack, end)| PackEnd { pack, end });
     (end.clone(), end).prop_map(|(data, archive)| Ends { data, archive })
 }
 
@@ -41,7 +41,8 @@ fn any_committed() -> impl Strategy<Value = Committed> {
 
 fn any_record() -> impl Strategy<Value = Record> {
     prop_oneof![
-        any::<[u64; 4]>().prop_map(|[epoch, slots, lost, unswept]| Record::Header { epoch, slots, lost, unswept }),
+        ([0..=COUNT_MAX, 0..=COUNT_MAX, 0..=COUNT_MAX], any::<u64>())
+            .prop_map(|([epoch, slots, lost], unswept)| Record::Header { epoch, slots, lost, unswept }),
         any_committed().prop_map(|committed| Record::Generation(Box::new(committed))),
         ("[a-z]{1,255}", proptest::collection::vec(any::<u64>(), 0..=PURGE_MAX))
             .prop_map(|(lineage, numbers)| Record::Purge { lineage, numbers }),

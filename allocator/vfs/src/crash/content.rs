@@ -1,12 +1,46 @@
 //! What is in a simulated file: sparse sectors, a length, and the storage reserved for it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::hash::{DefaultHasher, Hasher};
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 /// The unit in which a disk writes: a sector is old or new, never half of each.
 pub(super) const SECTOR: u64 = 512;
 
-type Sector = [u8; SECTOR as usize];
+type Bytes = [u8; SECTOR as usize];
+
+/// A sector as it was at one moment. It never changes; all disks that it may end up on share it.
+#[derive(Debug)]
+pub(super) struct Sector {
+    bytes: Bytes,
+    /// Found when first asked for.
+    digest: OnceLock<u64>,
+}
+
+impl Sector {
+    fn new(bytes: Bytes) -> Arc<Self> {
+        Arc::new(Self { bytes, digest: OnceLock::new() })
+    }
+
+    /// A copy with zeros at `part`.
+    fn zeroed(&self, part: Range<usize>) -> Arc<Self> {
+        let mut bytes = self.bytes;
+        bytes[part].fill(0);
+        Self::new(bytes)
+    }
+
+    /// A hash of the bytes; 0 if they are all zero.
+    fn digest(&self) -> u64 {
+        *self.digest.get_or_init(|| {
+            let mut hasher = DefaultHasher::new();
+            hasher.write(&self.bytes);
+            if self.bytes == ZERO { 0 } else { hasher.finish() }
+        })
+    }
+}
+
+const ZERO: Bytes = [0; SECTOR as usize];
 
 /// Ranges of sectors, `start → end`, neither overlapping nor touching.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -15,6 +49,10 @@ pub(super) struct Extents(BTreeMap<u64, u64>);
 impl Extents {
     pub(super) fn total(&self) -> u64 {
         self.0.iter().map(|(start, end)| end - start).sum()
+    }
+
+    fn has(&self, number: u64) -> bool {
+        self.0.range(..=number).next_back().is_some_and(|(_, end)| *end > number)
     }
 
     fn insert(&mut self, mut start: u64, mut end: u64) {
@@ -85,7 +123,7 @@ pub(super) fn sectors_of(offset: u64, length: u64) -> (u64, u64) {
 }
 
 /// The part of sector `number` that lies in `start..end` (bytes of the file), as a range within the sector.
-fn within(number: u64, start: u64, end: u64) -> std::ops::Range<usize> {
+fn within(number: u64, start: u64, end: u64) -> Range<usize> {
     let base = number * SECTOR;
     let low = start.max(base) - base;
     let high = end.min(base + SECTOR).saturating_sub(base);
@@ -102,7 +140,7 @@ impl Content {
             let into = &mut buffer[done..done + part.len()];
             done += part.len();
             match self.sectors.get(&number) {
-                Some(sector) => into.copy_from_slice(&sector[part]),
+                Some(sector) => into.copy_from_slice(&sector.bytes[part]),
                 None => into.fill(0),
             }
         }
@@ -117,10 +155,10 @@ impl Content {
         for number in first..last {
             let part = within(number, offset, offset + length);
             let size = part.len();
-            let mut sector = self.sectors.get(&number).map_or([0; SECTOR as usize], |s| **s);
+            let mut sector = self.sectors.get(&number).map_or(ZERO, |sector| sector.bytes);
             edit(&mut sector[part], done);
             done += size;
-            let sector = Arc::new(sector);
+            let sector = Sector::new(sector);
             self.sectors.insert(number, Arc::clone(&sector));
             change.sectors.insert(number, Some(sector));
         }
@@ -180,7 +218,7 @@ impl Content {
                 self.sectors.remove(&number);
                 change.sectors.insert(number, None);
             } else if let Some(sector) = self.sectors.get_mut(&number) {
-                Arc::make_mut(sector)[part].fill(0);
+                *sector = sector.zeroed(part);
                 change.sectors.insert(number, Some(Arc::clone(sector)));
             }
         }
@@ -206,17 +244,39 @@ impl Content {
         }
     }
 
+    /// The sectors that would read differently if `change` were applied, lengths aside.
+    pub(super) fn changed_by(&self, change: &Change) -> Vec<u64> {
+        fn bytes(sector: Option<&Arc<Sector>>) -> &Bytes {
+            sector.map_or(&ZERO, |sector| &sector.bytes)
+        }
+        let changes = change.sectors.iter();
+        let differs = changes.filter(|(number, new)| bytes(self.sectors.get(number)) != bytes(new.as_ref()));
+        differs.map(|(number, _)| *number).collect()
+    }
+
+    /// Feeds the length and what is not zero to `hasher`.
+    pub(super) fn digest(&self, hasher: &mut impl Hasher) {
+        hasher.write_u64(self.length);
+        let sectors = self.sectors.iter().map(|(number, sector)| (*number, sector.digest()));
+        for (number, digest) in sectors.filter(|(_, digest)| *digest != 0) {
+            hasher.write_u64(number);
+            hasher.write_u64(digest);
+        }
+    }
+
     /// Makes metadata and sectors agree again after some of them were lost: nothing past the length is left.
     pub(super) fn settle(&mut self) {
         let end = self.length.div_ceil(SECTOR);
         drop(self.sectors.split_off(&end));
         let tail = (self.length % SECTOR) as usize;
         if let Some(sector) = self.sectors.get_mut(&(self.length / SECTOR)) {
-            Arc::make_mut(sector)[tail..].fill(0);
+            *sector = sector.zeroed(tail..SECTOR as usize);
         }
         self.reserved.remove(end, u64::MAX);
         for &number in self.sectors.keys() {
-            self.reserved.insert(number, number + 1);
+            if !self.reserved.has(number) {
+                self.reserved.insert(number, number + 1);
+            }
         }
     }
 }

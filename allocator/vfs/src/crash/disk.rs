@@ -1,11 +1,13 @@
 //! The simulated disk: what the processes see, what is durable, and what hangs between the two.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::path::{Component, Path};
 
 use rustix::io::Errno;
 
+use super::choices::{Choices, Fate};
 use super::content::{Change, Content, SECTOR, sectors_of};
 use crate::EntryKind;
 
@@ -56,55 +58,6 @@ struct PendingName {
     change: NameChange,
     /// The directories whose sync is still missing.
     waits_for: BTreeSet<Id>,
-}
-
-/// A source of choices for what survives; SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
-/// generators, OOPSLA 2014).
-#[derive(Debug)]
-pub(super) struct Choices {
-    seed: u64,
-    state: u64,
-}
-
-enum Fate {
-    Applied,
-    Dropped,
-    Torn,
-}
-
-impl Choices {
-    pub(super) fn new(seed: u64) -> Self {
-        Self { seed, state: seed }
-    }
-
-    fn next(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn coin(&mut self) -> bool {
-        match self.seed {
-            0 => false,
-            1 => true,
-            _ => self.next() & 1 == 1,
-        }
-    }
-
-    fn fate(&mut self) -> Fate {
-        match self.seed {
-            0 => Fate::Dropped,
-            1 => Fate::Applied,
-            2 => Fate::Torn,
-            _ => match self.next() % 3 {
-                0 => Fate::Applied,
-                1 => Fate::Dropped,
-                _ => Fate::Torn,
-            },
-        }
-    }
 }
 
 #[derive(Debug, Clone)]
@@ -439,6 +392,22 @@ impl Disk {
         survived
     }
 
+    /// Feeds everything that a process can read, names and bytes, to `hasher`.
+    pub(super) fn digest(&self, hasher: &mut impl Hasher) {
+        let mut todo = vec![ROOT];
+        while let Some(id) = todo.pop() {
+            match self.inodes.get(&id) {
+                Some(Inode::File(file)) => file.live.digest(hasher),
+                Some(Inode::Dir(dir)) => {
+                    hasher.write_usize(dir.live.len());
+                    dir.live.keys().for_each(|name| name.hash(hasher));
+                    todo.extend(dir.live.values());
+                }
+                None => {}
+            }
+        }
+    }
+
     /// The disk as the next process finds it when every process was killed: all is there, nothing more is durable.
     pub(super) fn after_kill(&self) -> Self {
         let mut kept = self.clone();
@@ -481,8 +450,10 @@ fn survivor(durable: &Content, pending: &[Change], choices: &mut Choices) -> Con
             Fate::Applied => content.apply(change, |_| true, true),
             Fate::Dropped => {}
             Fate::Torn => {
-                let metadata = choices.seed == 2 || choices.coin();
-                content.apply(change, |_| choices.coin(), metadata);
+                let metadata = change.metadata.is_some() && choices.metadata();
+                // Where old and new are equal there is nothing to choose.
+                let kept: BTreeSet<u64> = content.changed_by(change).into_iter().filter(|_| choices.coin()).collect();
+                content.apply(change, |number| kept.contains(&number), metadata);
             }
         }
     }

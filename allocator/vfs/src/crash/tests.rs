@@ -43,6 +43,46 @@ fn what_was_synced_survives_every_cut_and_the_rest_every_way() {
 }
 
 #[test]
+fn every_cut_is_all_that_seeds_can_find_and_no_more() {
+    let vfs = CrashVfs::new();
+    let file = durable(&vfs, "/f", &[0; 1024]);
+    file.write_all_at(&[1; 1024], 0).unwrap();
+    file.write_all_at(&[2; 512], 512).unwrap();
+    file.set_len(1536).unwrap();
+    create(&vfs, "/g", b"new").sync_all().unwrap();
+    vfs.rename(Path::new("/g"), Path::new("/h")).unwrap();
+    vfs.remove_file(Path::new("/f")).unwrap();
+    let all: BTreeSet<u64> = vfs.every_cut(Grain::Sector).map(|left| left.digest()).collect();
+    let seeded: BTreeSet<u64> = (0..20_000).map(|seed| vfs.after_cut(seed).digest()).collect();
+    assert_eq!(all, seeded);
+    // 2 sectors of 2 and 3 contents, 2 lengths; there or not; and a file under none, either or the later of two names.
+    assert_eq!(all.len(), (2 * 3 * 2 + 1) * 3);
+    let whole: BTreeSet<u64> = vfs.every_cut(Grain::Operation).map(|left| left.digest()).collect();
+    assert!(whole.is_subset(&all) && whole.len() == (2 * 2 * 2 + 1) * 3);
+    assert!(vfs.choices(Grain::Sector) >= vfs.choices(Grain::Operation));
+    // Nobody asks what is left of a file that has no name left.
+    assert_eq!(vfs.choices(Grain::Operation), 6);
+    assert_eq!(vfs.every_cut(Grain::Operation).count(), (8 + 1) * 4);
+}
+
+#[test]
+fn a_digest_sees_bytes_lengths_and_names_and_no_holes() {
+    let make = |name: &str, bytes: &[u8]| {
+        let vfs = CrashVfs::new();
+        durable(&vfs, name, bytes);
+        vfs.digest()
+    };
+    let one = make("/f", &[0, 1]);
+    assert_eq!(one, make("/f", &[0, 1]));
+    for other in [make("/g", &[0, 1]), make("/f", &[0, 2]), make("/f", &[0, 1, 0]), make("/f", &[])] {
+        assert_ne!(one, other);
+    }
+    let hole = CrashVfs::new();
+    durable(&hole, "/f", b"").set_len(512).unwrap();
+    assert_eq!(hole.digest(), make("/f", &[0; 512]));
+}
+
+#[test]
 fn a_later_write_may_survive_an_earlier_one() {
     let vfs = CrashVfs::new();
     let file = durable(&vfs, "/f", &[0; 8192]);
