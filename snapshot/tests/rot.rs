@@ -21,7 +21,7 @@ fn small(options: &Options) -> (CrashVfs, Images) {
     let disk = CrashVfs::new();
     let vfs: Arc<dyn Vfs> = Arc::new(disk.clone());
     let store = open(&vfs, options).unwrap();
-    let mut image = Image::new(&[("ram", 70)]);
+    let mut image = Image::new(&[("ram", 44)]);
     let mut images = Images::new();
     for generation in 1..=3u32 {
         image.context = vec![generation as u8; 50];
