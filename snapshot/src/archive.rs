@@ -50,9 +50,18 @@ impl Archive {
         Self { packs, kept: Mutex::default() }
     }
 
+    pub(crate) fn packs(&self) -> &Packs {
+        &self.packs
+    }
+
+    /// The node, if it was used lately.
+    pub(crate) fn known(&self, node: &NodeRef) -> Option<Arc<Node>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).get(node)
+    }
+
     /// The node, from the first mirror that has it whole.
     pub(crate) fn node(&self, node: &NodeRef) -> Result<Arc<Node>, StoreError> {
-        if let Some(found) = self.kept.lock().unwrap_or_else(PoisonError::into_inner).get(node) {
+        if let Some(found) = self.known(node) {
             return Ok(found);
         }
         let found = Arc::new(self.fetch(node)?);
@@ -105,11 +114,7 @@ impl Archive {
     }
 
     pub(crate) fn leaf(&self, node: &NodeRef) -> Result<LeafNode, StoreError> {
-        let found = self.node(node)?;
-        match &*found {
-            Node::Leaf(_) => Ok(LeafNode(found)),
-            _ => Err(wrong_kind(node, "leaf")),
-        }
+        LeafNode::new(node, self.node(node)?)
     }
 
     pub(crate) fn inner(&self, node: &NodeRef, level: u8) -> Result<InnerNode, StoreError> {
@@ -200,6 +205,14 @@ impl Archive {
 pub(crate) struct LeafNode(Arc<Node>);
 
 impl LeafNode {
+    /// What lies at `at`, if it is a leaf.
+    pub(crate) fn new(at: &NodeRef, node: Arc<Node>) -> Result<Self, StoreError> {
+        match &*node {
+            Node::Leaf(_) => Ok(Self(node)),
+            _ => Err(wrong_kind(at, "leaf")),
+        }
+    }
+
     pub(crate) fn entries(&self) -> &Leaf {
         match &*self.0 {
             Node::Leaf(leaf) => leaf,
@@ -223,7 +236,7 @@ impl InnerNode {
 static EMPTY_LEAF: Leaf = [None; crate::node::FANOUT];
 static NO_CHILDREN: Children = [None; crate::node::FANOUT];
 
-fn wrong_kind(node: &NodeRef, wanted: &str) -> StoreError {
+pub(crate) fn wrong_kind(node: &NodeRef, wanted: &str) -> StoreError {
     StoreError::damaged(format!(
         "the archive node at byte {} of pack {} (it is no {wanted})",
         node.offset(),

@@ -19,6 +19,8 @@
 //!
 //! * [`Store`] opens it; [`Writer`] adds a generation, in work and space proportional to what changed;
 //!   its commit is one slot appended to the ledger after everything it needs is durable.
+//!   So that a restore never reads much more than it wants, however many generations came before, a writer keeps its generation
+//!   together ([`Options::spread`]).
 //! * [`Reader`] restores: any page at once and verified ([`Reader::read_page`]), or whole regions in the order in which
 //!   they lie on the disk ([`Reader::restore_region`]).
 //! * [`RetentionPolicy`] decides, as a pure function, what stays; [`Store::purge`] and [`Store::sweep`] do it.
@@ -32,15 +34,18 @@ mod archive;
 mod batch;
 mod codec;
 mod dedup;
+mod defragment;
 mod diff;
 mod error;
 mod fault;
+mod fetch;
 mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod generation;
 mod hash;
 mod impact;
+mod layout;
 mod ledger;
 mod mark;
 mod node;

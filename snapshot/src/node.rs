@@ -7,6 +7,7 @@ use crate::codec::Codec;
 use crate::frame::{Append, Fields, Malformed};
 use crate::generation::{BLOB_MAX, BLOBS_MAX, KIND_MAX, NAME_MAX, PAGE_SIZE, REGION_MAX, REGIONS_MAX};
 use crate::hash::Hash;
+use crate::pack::Place;
 
 /// Children of an inner node, and pages under a leaf.
 pub(crate) const FANOUT: usize = 32;
@@ -48,6 +49,10 @@ impl NodeRef {
         u64::from(self.unit) * NODE_UNIT
     }
 
+    pub(crate) fn place(&self) -> Place {
+        Place { pack: self.pack, start: self.offset(), end: self.offset() + u64::from(self.length) }
+    }
+
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         out.u32(self.pack);
         out.u32(self.unit);
@@ -87,6 +92,10 @@ impl Link {
 
     pub(crate) fn end(&self) -> u64 {
         self.offset() + u64::from(self.length)
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        Place { pack: self.pack, start: self.offset(), end: self.end() }
     }
 
     fn encode(&self, out: &mut Vec<u8>) {

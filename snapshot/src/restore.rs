@@ -4,24 +4,22 @@ use std::io;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use crate::codec::Codec;
 use crate::error::StoreError;
 use crate::frame::Malformed;
 use crate::generation::{PAGE_SIZE, Page, pages_of};
 use crate::hash::Hash;
-use crate::node::{Entry, Link, ManifestRegion};
-use crate::pack::PackFile;
+use crate::node::{Entry, FANOUT, Link, ManifestRegion};
+use crate::pack::{PackFile, coalesce, hull};
 use crate::reader::Reader;
 use crate::store::{Integrity, Store};
 
-/// Pages planned at a time: 4 GiB of region, some 70 MiB of plan.
-const WINDOW: usize = 1 << 20;
-/// Most bytes of one read.
-const READ_MAX: u64 = 2 << 20;
-/// Bytes that are nobody's and are read all the same, since a gap costs less than a read.
-const GAP_MAX: u64 = 32 << 10;
+/// Leaves planned at a time: up to 4 GiB of pages, some 70 MiB of plan.
+const WINDOW: usize = (1 << 20) / FANOUT;
+/// Leaves held at a time while a plan is made: some 4 MiB.
+const LEAVES: usize = 2048;
 
 /// Where restored pages go. Called from several threads at once, each page by one of them.
 pub trait PageSink: Sync {
@@ -141,60 +139,41 @@ impl Reader {
         from: u64,
         total: u64,
     ) -> Result<(Vec<Job>, Vec<Range<u64>>, u64), StoreError> {
+        let Store { inner } = &self.store;
         let (mut jobs, mut zeros, mut next) = (Vec::new(), Vec::new(), from);
-        self.store.inner.archive.leaves(region, from, &mut |first, leaf| {
-            for (page, entry) in (first..total).zip(leaf).filter(|(page, _)| *page >= from) {
-                if let Some(entry) = entry {
-                    if next < page {
-                        zeros.push(next..page);
+        let (leaves, until) = inner.archive.leaves_from(region, from, WINDOW, inner.options.threads)?;
+        for leaves in leaves.chunks(LEAVES) {
+            for (first, leaf) in inner.archive.load_leaves(leaves, inner.options.threads)? {
+                for (page, entry) in (first..total).zip(leaf.entries()).filter(|(page, _)| *page >= from) {
+                    if let Some(entry) = entry {
+                        if next < page {
+                            zeros.push(next..page);
+                        }
+                        jobs.push(Job { page, entry: *entry });
+                        next = page + 1;
                     }
-                    jobs.push(Job { page, entry: *entry });
-                    next = page + 1;
                 }
             }
-            Ok(jobs.len() < WINDOW)
-        })?;
-        if jobs.len() < WINDOW && next < total {
-            zeros.push(next..total);
-            next = total;
         }
-        jobs.sort_unstable_by_key(|job| (job.link().pack, job.link().unit, job.page));
-        Ok((jobs, zeros, next))
-    }
-}
-
-/// Cuts copies, sorted by where they lie, into reads.
-pub(crate) fn coalesce<T>(sorted: &[T], link: impl Fn(&T) -> &Link) -> Vec<Range<usize>> {
-    let mut reads: Vec<Range<usize>> = Vec::new();
-    let (mut pack, mut start, mut end) = (0, 0, 0);
-    for (index, item) in sorted.iter().enumerate() {
-        let link = link(item);
-        match reads.last_mut() {
-            Some(read)
-                if pack == link.pack && link.offset() <= end + GAP_MAX && link.end().max(end) - start <= READ_MAX =>
-            {
-                read.end = index + 1;
-                end = end.max(link.end());
-            }
-            _ => {
-                reads.push(index..index + 1);
-                (pack, start, end) = (link.pack, link.offset(), link.end());
-            }
+        let end = until.unwrap_or(total).min(total);
+        if next < end {
+            zeros.push(next..end);
         }
+        jobs.sort_by_cached_key(|job| (job.link().pack, job.link().unit, job.page));
+        Ok((jobs, zeros, end))
     }
-    reads
 }
 
 impl Work<'_> {
     fn run(&self, jobs: &[Job], progress: &mut dyn FnMut(u64)) {
-        let reads = coalesce(jobs, Job::link);
-        let next = Mutex::new(0);
-        let threads = self.reader.store.inner.options.threads.min(reads.len().max(1));
-        // One reads while others verify: the file is read in order, as the kernel's readahead wants it.
+        let reads = coalesce(jobs, |job| job.link().place());
+        let next = AtomicUsize::new(0);
+        let threads = self.reader.store.readers(reads.len());
+        // Some read while others verify.
         let take = |buffer: &mut Vec<u8>| {
-            let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
-            let jobs = &jobs[reads.get(*next).filter(|_| !self.stop.load(Ordering::Relaxed))?.clone()];
-            *next += 1;
+            let read =
+                reads.get(next.fetch_add(1, Ordering::Relaxed)).filter(|_| !self.stop.load(Ordering::Relaxed))?;
+            let jobs = &jobs[read.clone()];
             self.fetch(jobs, buffer);
             Some(jobs)
         };
@@ -222,12 +201,9 @@ impl Work<'_> {
 
     /// One read.
     fn fetch(&self, jobs: &[Job], buffer: &mut Vec<u8>) {
-        let start = jobs[0].link().offset();
-        let end = jobs.iter().map(|job| job.link().end()).max().unwrap_or(start);
-        buffer.resize((end - start) as usize, 0);
-        let packs = &self.reader.store.inner.packs;
+        let place = hull(jobs.iter().map(|job| job.link().place()));
         // What cannot be read fails its checksum below, and is tried again page by page.
-        let count = packs.read_some(PackFile::Data, jobs[0].link().pack, start, buffer).unwrap_or_else(|_| {
+        let count = self.reader.store.inner.packs.read_place(PackFile::Data, place, buffer).unwrap_or_else(|_| {
             buffer.fill(0);
             0
         });

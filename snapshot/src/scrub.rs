@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::codec::Codec;
@@ -15,9 +15,8 @@ use crate::impact;
 use crate::ledger::{FILES, State};
 use crate::mark::{in_order, manifest_children};
 use crate::node::{Link, Node, NodeRef};
-use crate::pack::{BLOCK, MIRRORS, PackFile, check_header};
+use crate::pack::{BLOCK, MIRRORS, PackFile, check_header, coalesce, hull};
 use crate::record::SLOT;
-use crate::restore::coalesce;
 use crate::store::Store;
 
 /// Copies of pages gathered before they are sorted and read: bounds the memory of a scrub to some 200 MiB.
@@ -200,20 +199,18 @@ impl Store {
         // One place with two meanings is checked for both.
         copies.dedup();
         findings.packs.extend(copies.iter().map(|(link, _)| (PackFile::Data, link.pack)));
-        let reads = coalesce(&copies, |(link, _)| link);
-        let next = Mutex::new(0);
+        let reads = coalesce(&copies, |(link, _)| link.place());
+        let next = AtomicUsize::new(0);
         let (bytes, pages) = (AtomicU64::new(0), AtomicU64::new(0));
         let bad: Mutex<Vec<BadPage>> = Mutex::default();
+        // Some read while others verify.
         let work = |buffer: &mut Vec<u8>| -> bool {
-            // One reads while others verify: the file is read in order, as the kernel's readahead wants it.
-            let mut turn = next.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some(read) = reads.get(*turn) else { return false };
-            *turn += 1;
+            let Some(read) = reads.get(next.fetch_add(1, Ordering::Relaxed)) else { return false };
             let copies = &copies[read.clone()];
-            let whole = self.read_together(copies, buffer);
-            drop(turn);
+            let place = hull(copies.iter().map(|(link, _)| link.place()));
+            let whole = self.inner.packs.read_place(PackFile::Data, place, buffer).is_ok();
             let found = self.check_read(copies, buffer, whole);
-            let count = buffer.len() as u64;
+            let count = place.end - place.start;
             bytes.fetch_add(count, Ordering::Relaxed);
             pages.fetch_add(read.len() as u64, Ordering::Relaxed);
             bad.lock().unwrap_or_else(PoisonError::into_inner).extend(found);
@@ -221,7 +218,7 @@ impl Store {
         };
         let before = findings.verified;
         std::thread::scope(|scope| {
-            for _ in 1..self.inner.options.threads.min(reads.len()) {
+            for _ in 1..self.readers(reads.len()) {
                 scope.spawn(|| {
                     let mut buffer = Vec::new();
                     while work(&mut buffer) {}
@@ -236,14 +233,6 @@ impl Store {
         findings.verified.pages += pages.into_inner();
         findings.verified.bytes += bytes.into_inner();
         findings.pages.extend(bad.into_inner().unwrap_or_else(PoisonError::into_inner));
-    }
-
-    /// Reads copies that lie close together; `false` if that cannot be done at once.
-    fn read_together(&self, copies: &[(Link, Hash)], buffer: &mut Vec<u8>) -> bool {
-        let start = copies[0].0.offset();
-        let end = copies.iter().map(|(link, _)| link.end()).max().unwrap_or(start);
-        buffer.resize((end - start) as usize, 0);
-        self.inner.packs.read_some(PackFile::Data, copies[0].0.pack, start, buffer).is_ok()
     }
 
     /// Verifies copies that were read together. Returns the bad ones.

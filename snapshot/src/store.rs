@@ -14,9 +14,10 @@ use crate::archive::Archive;
 use crate::codec::Compression;
 use crate::dedup::DedupIndex;
 use crate::error::StoreError;
-use crate::generation::{Generation, GenerationId, check_label};
+use crate::generation::{Generation, GenerationId, PAGE_SIZE, check_label};
+use crate::layout::Layout;
 use crate::ledger::{Ledger, State};
-use crate::pack::{Packs, sync_dir};
+use crate::pack::{Packs, readers, sync_dir};
 use crate::record::{PURGE_MAX, Record};
 use crate::retention::{Candidate, Reason, RetentionPolicy, Verdict};
 use crate::sweep::Swept;
@@ -44,6 +45,13 @@ pub struct Options {
     /// Counted along a line of descent. Every page is looked at once in half as many generations, so that the
     /// work is spread evenly: about 1/(0.75 × redundancy) of all pages is written again with each generation.
     pub redundancy: Option<NonZeroU32>,
+    /// Bytes of data packs over which the pages of a new generation may be spread, in per cent of their own bytes. Where small changes have
+    /// spread them further, the generation has some of them written once more, side by side, so that it is restored as quickly as the
+    /// first one. At most four bytes are copied for one that changed; uniformly scattered changes need about two and a half
+    /// at 115 per cent, others less. `None`: nothing is copied.
+    pub spread: Option<NonZeroU32>,
+    /// Bytes of a data pack that are looked at as one for that.
+    pub segment_bytes: u64,
     /// Bytes gathered before they are written, for each kind of pack. Twice that is held in memory.
     pub bufsize: usize,
     /// Pages that the index of equal pages remembers (40 bytes each). 0: only pages equal to the same page of the parent, or to one in
@@ -70,6 +78,8 @@ impl Default for Options {
         Self {
             compression: Compression::None,
             redundancy: None,
+            spread: NonZeroU32::new(115),
+            segment_bytes: 256 << 10,
             bufsize: 4 << 20,
             dedup_pages: 1 << 20,
             threads: std::thread::available_parallelism().map_or(1, |count| count.get().min(4)),
@@ -105,6 +115,8 @@ pub(crate) struct Inner {
     pub(crate) archive: Archive,
     pub(crate) ledger: Ledger,
     pub(crate) dedup: Mutex<DedupIndex>,
+    /// Where the generation lies that this handle wrote last.
+    pub(crate) layout: Mutex<Option<Layout>>,
     /// What the last sweep by this handle found alive, so that the next one need not punch the same holes.
     pub(crate) swept: Mutex<Swept>,
     state: Mutex<Arc<State>>,
@@ -167,6 +179,7 @@ impl Store {
     fn attach(vfs: Arc<dyn Vfs>, dir: &Path, mut options: Options) -> Result<Self, StoreError> {
         options.threads = options.threads.clamp(1, 64);
         options.bufsize = options.bufsize.clamp(1 << 16, 1 << 30) & !0xFFF;
+        options.segment_bytes = options.segment_bytes.clamp(PAGE_SIZE as u64, 1 << 30);
         options.data_pack_bytes = options.data_pack_bytes.clamp(1 << 16, 1 << 37);
         options.archive_pack_bytes = options.archive_pack_bytes.clamp(1 << 16, 1 << 37);
         let packs = Arc::new(Packs::new(Arc::clone(&vfs), dir.join(PACKS)));
@@ -175,6 +188,7 @@ impl Store {
             archive: Archive::new(Arc::clone(&packs)),
             ledger: Ledger::new(Arc::clone(&vfs), dir.to_owned(), options.threads),
             dedup: Mutex::new(DedupIndex::new(options.dedup_pages)),
+            layout: Mutex::default(),
             swept: Mutex::default(),
             state: Mutex::new(Arc::new(State::empty())),
             poisoned: AtomicBool::new(false),
@@ -232,6 +246,15 @@ impl Store {
     /// From now on this handle refuses to write: nobody knows what a failed sync left.
     pub(crate) fn poison(&self) {
         self.inner.poisoned.store(true, Ordering::Release);
+    }
+
+    /// How many threads read and verify, where there are `reads` to do: more than verify at once, so that the disk is never idle.
+    pub(crate) fn readers(&self, reads: usize) -> usize {
+        readers(self.inner.options.threads, reads)
+    }
+
+    pub(crate) fn layout(&self) -> MutexGuard<'_, Option<Layout>> {
+        self.inner.layout.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state_guard(&self) -> MutexGuard<'_, Arc<State>> {

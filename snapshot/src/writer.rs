@@ -14,6 +14,7 @@ use crate::generation::{
     REGIONS_MAX, RegionSpec, check_label, check_name, pages_of,
 };
 use crate::hash::Hash;
+use crate::layout::Layout;
 use crate::ledger::State;
 use crate::mark::Distinct;
 use crate::node::{
@@ -32,11 +33,11 @@ const PENDING_MAX: usize = 1 << 20;
 pub struct RegionKey(u16);
 
 #[derive(Debug)]
-struct Draft {
+pub(crate) struct Draft {
     /// The region as it is so far, without what is pending.
-    region: ManifestRegion,
+    pub(crate) region: ManifestRegion,
     /// In the order in which they came: later ones win.
-    pending: Vec<Change>,
+    pub(crate) pending: Vec<Change>,
 }
 
 /// One generation being written. It holds the store's lock; dropped without a commit, it leaves nothing behind.
@@ -48,22 +49,25 @@ struct Draft {
 /// It can be sent to another thread, so that the VM runs on while it works.
 #[derive(Debug)]
 pub struct Writer {
-    store: Store,
+    pub(crate) store: Store,
     _lock: WriteLock,
-    state: State,
+    pub(crate) state: State,
     new: NewGeneration,
     number: u64,
-    depth: u32,
+    pub(crate) depth: u32,
     parent: Option<GenerationId>,
-    inherited: Manifest,
-    drafts: Vec<Draft>,
+    pub(crate) inherited: Manifest,
+    pub(crate) drafts: Vec<Draft>,
     blobs: Vec<ManifestBlob>,
-    data: Appender,
+    pub(crate) data: Appender,
     nodes: Appender,
-    dedup: DedupIndex,
+    pub(crate) dedup: DedupIndex,
     staged: Vec<u8>,
     places: Vec<(RegionKey, u64)>,
-    pages_stored: u64,
+    /// Where the parent lay, and this generation lies as far as it is folded. See [`Writer::defragment`].
+    pub(crate) layout: Option<Layout>,
+    pub(crate) changed_bytes: u64,
+    pub(crate) pages_stored: u64,
     done: bool,
 }
 
@@ -99,6 +103,7 @@ impl Store {
         let dedup = &mut *self.inner.dedup.lock().unwrap_or_else(PoisonError::into_inner);
         let dedup = std::mem::replace(dedup, DedupIndex::new(options.dedup_pages));
         Ok(Writer {
+            layout: Writer::known_layout(self, parent.as_ref().map(|parent| &parent.manifest)),
             number: state.next.get(&new.lineage).copied().unwrap_or(1),
             depth: parent.as_ref().map_or(0, |parent| parent.info.depth.saturating_add(1)),
             parent: parent.map(|parent| parent.info.id.clone()),
@@ -114,6 +119,7 @@ impl Store {
             dedup,
             staged: Vec::new(),
             places: Vec::new(),
+            changed_bytes: 0,
             pages_stored: 0,
             done: false,
         })
@@ -181,6 +187,7 @@ impl Writer {
         let mut grafter = Grafter { archive: &self.store.inner.archive, nodes: &mut self.nodes };
         if was.is_some_and(|was| was.size > spec.size) {
             grafter.truncate(&mut region, pages_of(spec.size))?;
+            self.layout = None;
         }
         grafter.raise(&mut region, level_for(pages_of(spec.size)))?;
         self.nodes.publish()?;
@@ -449,9 +456,9 @@ impl Writer {
     }
 
     /// Works what is pending into the archive.
-    fn fold(&mut self) -> Result<(), StoreError> {
-        for draft in &mut self.drafts {
-            let mut changes = std::mem::take(&mut draft.pending);
+    pub(crate) fn fold(&mut self) -> Result<(), StoreError> {
+        for index in 0..self.drafts.len() {
+            let mut changes = std::mem::take(&mut self.drafts[index].pending);
             // Stable, so that the last of several changes of one page stays last.
             changes.sort_by_key(|(page, _)| *page);
             let mut settled: Vec<Change> = Vec::with_capacity(changes.len());
@@ -461,8 +468,9 @@ impl Writer {
                     _ => settled.push(change),
                 }
             }
+            self.note_changes(index, &settled)?;
             let mut grafter = Grafter { archive: &self.store.inner.archive, nodes: &mut self.nodes };
-            grafter.apply(&mut draft.region, &settled)?;
+            grafter.apply(&mut self.drafts[index].region, &settled)?;
             self.nodes.publish()?;
         }
         Ok(())
@@ -522,6 +530,7 @@ impl Writer {
     pub fn commit(mut self) -> Result<Generation, StoreError> {
         self.take_in_staged()?;
         self.fold()?;
+        self.defragment()?;
         self.add_redundancy()?;
         let manifest = Manifest {
             regions: self.drafts.iter().map(|draft| draft.region.clone()).collect(),
@@ -559,6 +568,7 @@ impl Writer {
             return Err(error);
         }
         self.done = true;
+        *self.store.layout() = self.layout.take().map(|layout| layout.committed(manifest_node));
         *self.store.inner.dedup.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut self.dedup);
         Ok(state.find(&id)?.info.clone())
     }

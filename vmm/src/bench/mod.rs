@@ -3,11 +3,13 @@
 //! * [`freeze`]: from the power-fail signal until everything is durable.
 //! * [`resume`]: from the start of the process to the guest's first output; cold starts; the VMM's own memory.
 //! * [`restore`]: a generation into memory, against a raw sequential read.
-//! * [`store`]: generations onto the disk, against a raw sequential write; opening a store; deleting one generation of many.
+//! * [`store`]: generations onto the disk, against a raw sequential write; opening, deleting, sweeping, scrubbing.
+//! * [`alternatives`]: the same generations kept in other ways.
 //! * [`snapshot`]: how long a guest stands for a generation.
 //!
 //! Every bench works in a pool of its own, below the pool that is given, and removes it in the end.
 
+pub mod alternatives;
 pub mod freeze;
 pub mod restore;
 pub mod resume;

@@ -1,8 +1,9 @@
 //! How fast a generation is restored, held against a raw sequential read of as many bytes in the same run, and whether it matters
 //! how many generations it stands on.
 //!
-//! Nothing is in the page cache when a restore or a raw read begins. Pages are verified and go to memory; the first restore of each
-//! depth is compared with what was stored, byte by byte.
+//! The first generation and the last one of a store are restored in turn, each by a store that has just been opened, so that
+//! nothing is remembered; nothing is in the page cache when a restore or a raw read begins. Opening counts. Pages are verified and go to
+//! memory that has been touched; the first restore of each is compared with what was stored, byte by byte.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,10 +13,10 @@ use std::time::Instant;
 
 use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
-use snapshot::{GenerationId, PAGE_SIZE, PageSink, Store};
+use snapshot::{GenerationId, PAGE_SIZE, PageSink};
 
 use super::BenchError;
-use super::store::{Changes, LINEAGE, create, median, noise, remove, throughput, write_full, write_raw, write_small};
+use super::store::{Changes, LINEAGE, change, create, median, noise, put, remove, throughput, write_full, write_raw};
 use crate::machine::config::ByteSize;
 
 /// Memory is locked in pieces of so many pages.
@@ -28,17 +29,21 @@ pub struct RestoreResult {
     pub memory: ByteSize,
     /// How many generations it stands on, itself included.
     pub depth: u32,
-    /// Which pages changed between them; nothing did at depth 1.
-    pub changes: Option<Changes>,
+    /// Which pages changed between them.
+    pub changes: Changes,
     /// Reading that many bytes of a file from its beginning to its end.
     pub raw_read: f64,
     /// Restoring the generation.
     pub restore: f64,
     /// The second over the first.
     pub share: f64,
-    /// Bytes read for a byte restored.
+    /// Bytes of pages read for a byte restored.
     pub amplification: f64,
-    /// How much longer it took than at depth 1.
+    /// Bytes of pages written for a byte changed, over all generations after the first one.
+    pub write_amplification: f64,
+    /// Bytes of archive written for a byte changed, both mirrors counted.
+    pub archive_amplification: f64,
+    /// How much longer it took than at depth 1: the median over rounds, each of which restores both.
     pub slowdown: f64,
 }
 
@@ -64,64 +69,82 @@ fn measure_changes(
     let mut image = vec![0; usize::try_from(memory.0).unwrap_or(usize::MAX)];
     noise(&mut image, 1);
     let (at, raw) = (directory.join("store"), directory.join("raw"));
-    let bench = Bench { raw: &raw, store: create(&at)?, directory: &at, memory, runs };
     write_raw(&raw, &image)?;
-    write_full(&bench.store, &image)?;
-    let shallow = bench.at(1, &image)?;
+    let store = create(&at)?;
+    write_full(&store, &image)?;
     // As many changes in all as there are pages.
-    let dirty = (image.len() / PAGE_SIZE) as u64 / u64::from(depth.max(1));
+    let dirty = ((image.len() / PAGE_SIZE) as u64 / u64::from(depth.max(1))).max(1);
+    let (first, mut changed) = (image.clone(), 0);
     for number in 2..=u64::from(depth) {
-        write_small(&bench.store, &mut image, number, dirty.max(1), changes)?;
+        let pages = change(&mut image, number, dirty, changes);
+        changed += (pages.len() * PAGE_SIZE) as u64;
+        put(&store, &image, number, &pages)?;
     }
-    let mut deep = bench.at(depth, &image)?;
-    deep.changes = Some(changes);
-    deep.slowdown = shallow.restore / deep.restore;
-    drop(bench);
+    let later: Vec<_> = store.generations(LINEAGE).into_iter().skip(1).collect();
+    let pages: u64 = later.iter().map(|generation| generation.page_bytes_stored).sum();
+    let archive: u64 = later.iter().map(|generation| generation.archive_bytes_stored * 2).sum();
+    drop(store);
+    let bench = Bench { raw: &raw, directory: &at, memory: Memory::new(image.len()) };
+    let (mut shallow, mut deep) = (Samples::default(), Samples::default());
+    for _ in 0..runs.max(1) {
+        bench.round(1, &first, &mut shallow)?;
+        bench.round(depth, &image, &mut deep)?;
+    }
     remove(&at)?;
     remove(&raw)?;
-    Ok([shallow, deep])
+    let slowdown = median(shallow.restore.iter().zip(&deep.restore).map(|(shallow, deep)| shallow / deep).collect());
+    let row = |depth, samples: Samples, slowdown| {
+        let (raw_read, restore) = (median(samples.raw), median(samples.restore));
+        RestoreResult {
+            memory,
+            depth,
+            changes,
+            raw_read,
+            restore,
+            share: restore / raw_read,
+            amplification: samples.read as f64 / image.len() as f64,
+            write_amplification: if depth > 1 { pages as f64 / changed as f64 } else { 1.0 },
+            archive_amplification: if depth > 1 { archive as f64 / changed as f64 } else { 0.0 },
+            slowdown,
+        }
+    };
+    Ok([row(1, shallow, 1.0), row(depth, deep, slowdown)])
+}
+
+#[derive(Default)]
+struct Samples {
+    raw: Vec<f64>,
+    restore: Vec<f64>,
+    /// Bytes of pages that a restore read.
+    read: u64,
 }
 
 struct Bench<'a> {
     raw: &'a Path,
-    store: Store,
     directory: &'a Path,
-    memory: ByteSize,
-    runs: usize,
+    memory: Memory,
 }
 
 impl Bench<'_> {
-    fn at(&self, depth: u32, image: &[u8]) -> Result<RestoreResult, BenchError> {
-        let reader = self.store.reader(&GenerationId::new(LINEAGE, u64::from(depth)))?;
-        let memory = Memory::new(image.len());
-        let (mut raw, mut restored, mut read) = (Vec::new(), Vec::new(), 0);
-        for run in 0..self.runs.max(1) {
-            evict(self.raw)?;
-            raw.push(read_raw(self.raw)?);
-            evict_all(self.directory)?;
-            let begun = Instant::now();
-            let report = reader.restore_region(0, &memory, &mut |_, _| ())?;
-            restored.push(throughput(image.len(), begun));
-            read = report.bytes_read;
-            if run == 0 && !memory.holds(image) {
-                return Err(BenchError::Guest("what was restored is not what was stored".to_owned()));
-            }
+    /// One raw read and one restore, both cold.
+    fn round(&self, number: u32, image: &[u8], samples: &mut Samples) -> Result<(), BenchError> {
+        evict(self.raw)?;
+        samples.raw.push(read_raw(self.raw)?);
+        evict_all(self.directory)?;
+        let begun = Instant::now();
+        let reader = create(self.directory)?.reader(&GenerationId::new(LINEAGE, u64::from(number)))?;
+        let report = reader.restore_region(0, &self.memory, &mut |_, _| ())?;
+        samples.restore.push(throughput(image.len(), begun));
+        samples.read = report.bytes_read;
+        if samples.restore.len() == 1 && !self.memory.holds(image) {
+            return Err(BenchError::Guest("what was restored is not what was stored".to_owned()));
         }
-        let (raw_read, restore) = (median(raw), median(restored));
-        Ok(RestoreResult {
-            memory: self.memory,
-            depth,
-            changes: None,
-            raw_read,
-            restore,
-            share: restore / raw_read,
-            amplification: read as f64 / image.len() as f64,
-            slowdown: 1.0,
-        })
+        Ok(())
     }
 }
 
-fn read_raw(path: &Path) -> Result<f64, BenchError> {
+/// Reads a file from its beginning to its end. In bytes a second.
+pub(super) fn read_raw(path: &Path) -> Result<f64, BenchError> {
     let system = |source| BenchError::System { doing: "read raw", source };
     let mut buffer = vec![0; 1 << 20];
     let mut file = File::open(path).map_err(system)?;
@@ -135,12 +158,13 @@ fn read_raw(path: &Path) -> Result<f64, BenchError> {
 }
 
 /// Drops a file, which is durable, from the page cache.
-fn evict(path: &Path) -> Result<(), BenchError> {
+pub(super) fn evict(path: &Path) -> Result<(), BenchError> {
     let evicted = File::open(path).and_then(|file| Ok(fadvise(&file, 0, None, Advice::DontNeed)?));
     evicted.map_err(|source| BenchError::System { doing: "drop a file from the page cache", source })
 }
 
-fn evict_all(directory: &Path) -> Result<(), BenchError> {
+/// The same, of everything below `directory`.
+pub(super) fn evict_all(directory: &Path) -> Result<(), BenchError> {
     let system = |source| BenchError::System { doing: "list the store", source };
     for entry in std::fs::read_dir(directory).map_err(system)? {
         let path = entry.map_err(system)?.path();

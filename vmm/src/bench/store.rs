@@ -12,6 +12,8 @@ use serde::Serialize;
 use snapshot::{GenerationId, NewGeneration, Options, PAGE_SIZE, RegionSpec, Store, StoreError};
 use vfs::host::HostVfs;
 
+use super::alternatives::{self, Alternative, Changing};
+use super::restore::{evict, evict_all, read_raw};
 use super::{BenchError, Distribution};
 use crate::machine::config::ByteSize;
 use crate::machine::time::nanoseconds;
@@ -20,6 +22,8 @@ use crate::machine::time::nanoseconds;
 pub(super) const LINEAGE: &str = "bench";
 /// Pages that change from one small generation to the next.
 const DIRTY: u64 = 64;
+/// What other ways to keep generations are compared with.
+const CHANGING: Changing = Changing { dirty: 1024, generations: 8 };
 
 /// What was measured. Throughputs are medians, in bytes a second.
 #[derive(Debug, Clone, Serialize)]
@@ -44,6 +48,16 @@ pub struct StoreResult {
     pub open: Distribution,
     /// Deleting one of them.
     pub purge: Distribution,
+    /// Giving back the space of those that were deleted, all at once; the archive of all others is walked for it.
+    pub sweep_ns: u64,
+    /// Reading as much as a generation from a file, from its beginning to its end, cold.
+    pub raw_read: f64,
+    /// Verifying everything in the store, cold.
+    pub scrub: f64,
+    /// The second over the first.
+    pub scrub_share: f64,
+    /// The same memory kept in other ways.
+    pub alternatives: Vec<Alternative>,
 }
 
 /// Measures in directories below `directory`, which is left empty.
@@ -69,8 +83,9 @@ pub fn measure(directory: &Path, memory: ByteSize, generations: u32, runs: usize
     let store = create(&at)?;
     let mut small = Vec::new();
     for number in 2..=u64::from(generations) {
+        let pages = change(&mut image, number, DIRTY, Changes::Scattered);
         let begun = Instant::now();
-        write_small(&store, &mut image, number, DIRTY, Changes::Scattered)?;
+        put(&store, &image, number, &pages)?;
         small.push(nanoseconds(begun.elapsed()));
     }
     let mut open = Vec::new();
@@ -83,8 +98,13 @@ pub fn measure(directory: &Path, memory: ByteSize, generations: u32, runs: usize
         }
     }
     let purge = purges(&store, generations, runs)?;
+    let begun = Instant::now();
+    store.sweep(&mut |_| ())?;
+    let sweep_ns = nanoseconds(begun.elapsed());
     drop(store);
+    let (raw_read, scrub) = scrubs(directory, &image, runs)?;
     remove(&at)?;
+    let alternatives = alternatives::measure(directory, memory, CHANGING)?;
     let (raw_write, stored) = (median(raw), median(stored));
     Ok(StoreResult {
         memory,
@@ -97,7 +117,32 @@ pub fn measure(directory: &Path, memory: ByteSize, generations: u32, runs: usize
         generations,
         open: Distribution::of(open),
         purge: Distribution::of(purge),
+        sweep_ns,
+        raw_read,
+        scrub,
+        scrub_share: scrub / raw_read,
+        alternatives,
     })
+}
+
+/// How quickly a file is read, and everything in the store verified: medians.
+fn scrubs(directory: &Path, image: &[u8], runs: usize) -> Result<(f64, f64), BenchError> {
+    let (at, raw) = (directory.join("store"), directory.join("raw"));
+    write_raw(&raw, image)?;
+    let (mut reads, mut scrubs) = (Vec::new(), Vec::new());
+    for _ in 0..runs.clamp(1, 9) {
+        evict(&raw)?;
+        reads.push(read_raw(&raw)?);
+        evict_all(&at)?;
+        let begun = Instant::now();
+        let report = create(&at)?.scrub(&mut |_| ())?;
+        if !report.is_clean() {
+            return Err(BenchError::Guest(format!("the store is damaged: {:?}", report.damage)));
+        }
+        scrubs.push(throughput(usize::try_from(report.verified.bytes).unwrap_or(usize::MAX), begun));
+    }
+    remove(&raw)?;
+    Ok((median(reads), median(scrubs)))
 }
 
 /// Deletes generations one by one, from the middle outwards.
@@ -135,18 +180,11 @@ pub enum Changes {
     Scattered,
 }
 
-/// Changes `dirty` pages of `image`, and stores it as generation `number`.
-pub(super) fn write_small(
-    store: &Store,
-    image: &mut [u8],
-    number: u64,
-    dirty: u64,
-    changes: Changes,
-) -> Result<(), StoreError> {
-    let mut writer = store.begin(NewGeneration::automatic(LINEAGE, number))?;
-    let region = writer.region(&region(image))?;
+/// Changes `dirty` pages of `image` for generation `number`. Returns which, sorted, none twice.
+pub(super) fn change(image: &mut [u8], number: u64, dirty: u64, changes: Changes) -> Vec<u64> {
     let pages = (image.len() / PAGE_SIZE) as u64;
     let mut random = Random::new(number);
+    let mut changed = Vec::new();
     for index in 0..dirty {
         let page = match changes {
             Changes::InTurn => number.wrapping_mul(dirty).wrapping_add(index),
@@ -155,7 +193,21 @@ pub(super) fn write_small(
         let start = page as usize * PAGE_SIZE;
         let Some(bytes) = image.get_mut(start..start + PAGE_SIZE) else { continue };
         noise(bytes, random.next());
-        writer.put_run(region, page, bytes)?;
+        changed.push(page);
+    }
+    changed.sort_unstable();
+    changed.dedup();
+    changed
+}
+
+/// Stores `pages` of `image` as generation `number`.
+pub(super) fn put(store: &Store, image: &[u8], number: u64, pages: &[u64]) -> Result<(), StoreError> {
+    let mut writer = store.begin(NewGeneration::automatic(LINEAGE, number))?;
+    let region = writer.region(&region(image))?;
+    for page in pages {
+        let start = *page as usize * PAGE_SIZE;
+        let Some(bytes) = image.get(start..start + PAGE_SIZE) else { continue };
+        writer.put_run(region, *page, bytes)?;
     }
     writer.commit().map(drop)
 }

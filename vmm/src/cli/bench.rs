@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::output::say;
 use super::{Environment, output};
+use crate::bench::alternatives::{Alternative, Way};
 use crate::bench::{BenchPool, Conditions, Distribution, Shape, freeze, restore, resume, snapshot, store};
 use crate::machine::config::ByteSize;
 
@@ -27,7 +28,7 @@ enum What {
     Snapshot(SnapshotArgs),
     /// A generation into memory, against a raw sequential read; at depth 1 and far from it
     Restore(StoreArgs),
-    /// Generations onto the disk, against a raw sequential write; opening a store; deleting one generation of many
+    /// Generations onto the disk, against a raw sequential write and other ways to keep them; open, purge, sweep, scrub
     Store(StoreArgs),
 }
 
@@ -283,18 +284,28 @@ fn restore(parent: &Path, args: &StoreArgs) -> anyhow::Result<()> {
             result.memory.to_string(),
             result.depth.to_string(),
             match result.changes {
-                None => "-".to_owned(),
-                Some(store::Changes::InTurn) => "in turn".to_owned(),
-                Some(store::Changes::Scattered) => "scattered".to_owned(),
+                store::Changes::InTurn => "in turn".to_owned(),
+                store::Changes::Scattered => "scattered".to_owned(),
             },
             output::rate(result.raw_read),
             output::rate(result.restore),
             format!("{:.0} %", result.share * 100.0),
             format!("{:.2}", result.amplification),
+            format!("{:.2} + {:.2}", result.write_amplification, result.archive_amplification),
             format!("{:.2}", result.slowdown),
         ]
     };
-    let headings = ["MEMORY", "DEPTH", "CHANGES", "RAW READ", "RESTORE", "SHARE", "READ/BYTE", "TIME/DEPTH 1"];
+    let headings = [
+        "MEMORY",
+        "DEPTH",
+        "CHANGES",
+        "RAW READ",
+        "RESTORE",
+        "SHARE",
+        "READ/BYTE",
+        "PAGES + ARCHIVE WRITTEN/CHANGED",
+        "TIME/DEPTH 1",
+    ];
     output::table(&headings, &results.iter().map(cells).collect::<Vec<_>>());
     tell(&conditions);
     Ok(())
@@ -310,34 +321,59 @@ fn store(parent: &Path, args: &StoreArgs) -> anyhow::Result<()> {
     if args.json {
         return output::json(&Results { conditions, results });
     }
-    let cells = |result: &store::StoreResult| {
-        let mut row = vec![result.memory.to_string()];
-        row.extend([result.crc, result.hash, result.raw_write, result.store].map(output::rate));
-        row.push(format!("{:.0} %", result.share * 100.0));
-        row.extend(p50_p99(&result.small));
-        row.push(result.generations.to_string());
-        row.extend(p50_p99(&result.open));
-        row.extend(p50_p99(&result.purge));
-        row
-    };
-    let headings = [
-        "MEMORY",
-        "CRC",
-        "HASH",
-        "RAW WRITE",
-        "STORE",
-        "SHARE",
-        "64 PAGES P50",
-        "P99",
-        "GENERATIONS",
-        "OPEN P50",
-        "P99",
-        "PURGE P50",
-        "P99",
-    ];
-    output::table(&headings, &results.iter().map(cells).collect::<Vec<_>>());
+    for result in &results {
+        tell_store(result);
+    }
     tell(&conditions);
     Ok(())
+}
+
+fn tell_store(result: &store::StoreResult) {
+    let percent = |share: f64| format!("{:.0} %", share * 100.0);
+    let rates = [
+        ("CRC-32 alone, one thread", output::rate(result.crc), String::new()),
+        ("BLAKE3 alone, a page at a time, one thread", output::rate(result.hash), String::new()),
+        ("raw write, flushed", output::rate(result.raw_write), String::new()),
+        ("store of a full generation", output::rate(result.store), percent(result.share)),
+        ("raw read, cold", output::rate(result.raw_read), String::new()),
+        ("scrub of everything, cold", output::rate(result.scrub), percent(result.scrub_share)),
+    ];
+    let rows: Vec<_> = rates.map(|(what, rate, share)| vec![what.to_owned(), rate, share]).into();
+    output::table(&["THROUGHPUT", &result.memory.to_string(), "OF RAW"], &rows);
+    let times = [("generation of 64 pages", &result.small), ("open", &result.open), ("purge of one", &result.purge)];
+    let mut rows: Vec<_> = times
+        .map(|(what, times)| {
+            let [p50, p99] = p50_p99(times);
+            vec![what.to_owned(), times.samples.to_string(), p50, p99]
+        })
+        .into();
+    rows.push(vec!["sweep after all that".into(), "1".into(), output::time(result.sweep_ns), String::new()]);
+    say!("");
+    output::table(&[&format!("{} GENERATIONS", result.generations), "SAMPLES", "P50", "P99"], &rows);
+    say!("");
+    alternatives(&result.alternatives);
+}
+
+fn alternatives(alternatives: &[Alternative]) {
+    let cells = |alternative: &Alternative| {
+        let way = match alternative.way {
+            Way::Perdure => "perdure",
+            Way::FileAPage => "one file a page",
+            Way::FullCopy => "full copy",
+            Way::Qcow2 => "qcow2, 64 KiB clusters",
+            Way::Qcow2SmallClusters => "qcow2, 4 KiB clusters",
+        };
+        if let Some(missing) = &alternative.missing {
+            return vec![way.to_owned(), missing.clone()];
+        }
+        let [p50, p99] = p50_p99(&alternative.generation);
+        vec![way.to_owned(), output::time(alternative.first_ns), p50, p99, output::bytes(alternative.bytes)]
+    };
+    let Some(first) = alternatives.first() else { return };
+    let each = format!("{} PAGES MORE P50", first.dirty);
+    let all = format!("DISK SPACE OF {}", first.generation.samples + 1);
+    let headings = ["WAY", "FIRST GENERATION", &each, "P99", &all];
+    output::table(&headings, &alternatives.iter().map(cells).collect::<Vec<_>>());
 }
 
 fn shape_cells(shape: &Shape) -> Vec<String> {
