@@ -16,6 +16,8 @@
 //!     read_at│    │map
 //!    write_at│    ▼
 //!        sync│  Mapping ── guest RAM ── persist: flush (file), CLWB (dax), save (nvdimm)
+//!            │    ▲
+//!            └─ Pager ── fills a region that is in use already, cluster by cluster, from a source
 //! ```
 //!
 //! Bytes on the medium are described in `FORMAT.md`; the words are those of the project's design.
@@ -27,6 +29,7 @@ pub mod header;
 pub mod lease;
 pub mod medium;
 pub mod name;
+pub mod pager;
 pub mod pool;
 pub mod region;
 mod size;

@@ -12,6 +12,7 @@ use vfs::VfsFile;
 use crate::catalog::RegionInfo;
 use crate::header::{COPY_LEN, Copies, Header, HeaderError};
 use crate::lease::{Lease, LeaseError};
+use crate::medium::on_demand::OnDemand;
 use crate::medium::{self, Backing, Dirty, Mapping, MediumError, MediumKind, PersistReport};
 use crate::name::RegionName;
 
@@ -368,6 +369,27 @@ impl Region {
     pub fn map(&self) -> Result<Mapping, RegionError> {
         let mapped = medium::map(self.lease.info.medium, &self.backing());
         mapped.map_err(|source| self.medium("map", source))
+    }
+
+    /// As [`Region::map`], but only the clusters of `cluster` bytes are there of which `present` says so; an access to others waits until
+    /// [`Region::place`]. What `present` lacks is taken for missing, what it has too much is ignored.
+    ///
+    /// # Errors
+    /// [`RegionError::Medium`]: also where this process may not use userfaultfd.
+    pub fn map_on_demand(&self, cluster: u64, mut present: Vec<bool>) -> Result<OnDemand, RegionError> {
+        let count = self.size().div_ceil(cluster.max(medium::PAGE_SIZE));
+        present.resize(usize::try_from(count).unwrap_or(usize::MAX), false);
+        let mapped = medium::on_demand::map(self.lease.info.medium, &self.backing(), cluster, present);
+        mapped.map_err(|source| self.medium("map", source))
+    }
+
+    /// Cluster `cluster` of the data is what it is to be: `memory`, which must be of this region, shows it from now on, and who waits for it
+    /// goes on.
+    ///
+    /// # Errors
+    /// [`RegionError::Io`].
+    pub fn place(&self, memory: &OnDemand, cluster: u64) -> Result<(), RegionError> {
+        memory.place(&self.backing(), cluster).map_err(|source| self.io("map a cluster of", source))
     }
 
     /// Makes durable what was written through `mapping`, which must be one of this region. Nothing may write meanwhile. What `dirty`

@@ -124,15 +124,20 @@ fn domain_above(device: &Path) -> Option<String> {
 }
 
 /// The flags of a mapping whose stores the file system never has to be told of.
-const SYNC: MapFlags = MapFlags::SHARED_VALIDATE.union(MapFlags::SYNC);
+pub(super) const SYNC: MapFlags = MapFlags::SHARED_VALIDATE.union(MapFlags::SYNC);
 
 pub(super) fn map(backing: &Backing<'_>) -> Result<Mapping, MediumError> {
     let mut mapping = Mapping::new(backing, MediumKind::Dax, SYNC).map_err(|source| refused(backing, source))?;
-    let persists = backing.file.descriptor().is_some_and(caches_persist);
-    if !persists {
-        mapping.write_back = WriteBack::of_this_cpu();
-    }
+    mapping.write_back = write_back_of(backing);
     Ok(mapping)
+}
+
+/// What is to be done for stores to the file to persist.
+pub(super) fn write_back_of(backing: &Backing<'_>) -> WriteBack {
+    match backing.file.descriptor().is_some_and(caches_persist) {
+        true => WriteBack::NotNeeded,
+        false => WriteBack::of_this_cpu(),
+    }
 }
 
 fn refused(backing: &Backing<'_>, source: io::Error) -> MediumError {

@@ -23,6 +23,7 @@ use vfs::VfsFile;
 pub mod dax;
 pub mod file;
 pub mod nvdimm;
+pub mod on_demand;
 #[cfg(test)]
 mod tests;
 
@@ -229,6 +230,17 @@ impl Mapping {
             MediumKind::Nvdimm => nvdimm::forget(self),
             MediumKind::Dax | MediumKind::File => Ok(()),
         }
+    }
+
+    /// Addresses for a mapping, without the file: accessible, and nobody's.
+    fn reserve(backing: &Backing<'_>, medium: MediumKind) -> io::Result<Self> {
+        let length = usize::try_from(backing.size).map_err(|_| io::ErrorKind::Unsupported)?;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a null hint lets the kernel choose free addresses, so no existing mapping is replaced.
+        let base = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), length, access, flags) }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::Unsupported)?;
+        Ok(Self { base, length, medium, write_back: dax::WriteBack::NotNeeded })
     }
 
     fn new(backing: &Backing<'_>, medium: MediumKind, flags: MapFlags) -> io::Result<Self> {
