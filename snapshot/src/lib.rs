@@ -57,6 +57,7 @@ mod recovery;
 mod repair;
 mod restore;
 mod retention;
+mod run;
 mod scrub;
 mod store;
 mod sweep;

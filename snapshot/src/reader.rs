@@ -31,8 +31,8 @@ pub struct Reader {
     pub(crate) store: Store,
     pub(crate) committed: Arc<Committed>,
     pub(crate) manifest: Manifest,
-    pages: AtomicU64,
-    saved: AtomicU64,
+    pub(crate) pages: AtomicU64,
+    pub(crate) saved: AtomicU64,
 }
 
 impl Store {
