@@ -12,6 +12,7 @@ mod host;
 mod hostile_guests;
 mod kernels;
 mod killed;
+mod lazy;
 mod lifecycle;
 mod machine_code;
 mod outages;

@@ -2,6 +2,7 @@
 //!
 //! * [`freeze`]: from the power-fail signal until everything is durable.
 //! * [`resume`]: from the start of the process to the guest's first output; cold starts; the VMM's own memory.
+//! * [`lazy`]: a VM that goes back to a generation, before its memory is restored and after.
 //! * [`restore`]: a generation into memory, against a raw sequential read.
 //! * [`store`]: generations onto the disk, against a raw sequential write; opening, deleting, sweeping, scrubbing.
 //! * [`alternatives`]: the same generations kept in other ways.
@@ -11,6 +12,7 @@
 
 pub mod alternatives;
 pub mod freeze;
+pub mod lazy;
 pub mod restore;
 pub mod resume;
 pub mod snapshot;
@@ -18,6 +20,7 @@ pub mod store;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use allocator::{MediumKind, Pool};
 use serde::Serialize;
@@ -151,6 +154,20 @@ impl BenchPool {
     #[must_use]
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// Waits until no process has a VM: one that was killed is gone before the kernel has taken its memory apart.
+    ///
+    /// # Errors
+    /// [`BenchError::Regions`].
+    pub fn wait_until_free(&self, name: &str) -> Result<(), BenchError> {
+        for _ in 0..500 {
+            match VmRegions::open(&self.pool, name) {
+                Err(RegionsError::InUse { .. }) => std::thread::sleep(Duration::from_millis(10)),
+                other => return other.map(drop).map_err(BenchError::Regions),
+            }
+        }
+        VmRegions::open(&self.pool, name).map(drop).map_err(BenchError::Regions)
     }
 
     /// A new VM with an embedded guest.

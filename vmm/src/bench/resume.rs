@@ -14,7 +14,7 @@ use super::{BenchError, BenchPool, Distribution, Shape};
 use crate::machine::time::nanoseconds;
 
 /// Ticks so fast that the guest is never done with printing one when the next comes.
-const BUSY: &str = "hz=4000";
+pub(super) const BUSY: &str = "hz=4000";
 
 /// One row of results.
 #[derive(Debug, Clone, Serialize)]
@@ -57,13 +57,11 @@ struct Bench<'a> {
 impl Bench<'_> {
     fn first_start(&self, run: usize) -> Result<u64, BenchError> {
         let name = format!("first-{run}");
-        let mut arguments = vec!["run".to_owned(), name.clone(), "--guest".to_owned(), "boot".to_owned()];
-        arguments.extend(["--memory".to_owned(), self.shape.memory.to_string()]);
-        arguments.extend(["--cpus".to_owned(), self.shape.cpus.to_string()]);
-        if let Some(medium) = self.shape.medium {
-            arguments.extend(["--medium".to_owned(), medium.to_string()]);
-        }
-        let (mut child, took) = self.start(&arguments)?;
+        let (memory, cpus) = (self.shape.memory.to_string(), self.shape.cpus.to_string());
+        let medium = self.shape.medium.map(|medium| medium.to_string());
+        let mut arguments = vec!["run", &name, "--guest", "boot", "--memory", &memory, "--cpus", &cpus];
+        arguments.extend(medium.iter().flat_map(|medium| ["--medium", medium]));
+        let (mut child, took) = start(self.pool, &arguments)?;
         kill(&mut child)?;
         self.free(&name)?;
         Ok(took)
@@ -74,7 +72,7 @@ impl Bench<'_> {
         for run in 0..runs {
             let name = format!("cold-{run}");
             drop(self.pool.vm(&name, &self.shape, "boot", "")?);
-            let (mut child, took) = self.start(&["run".to_owned(), name.clone()])?;
+            let (mut child, took) = start(self.pool, &["run", &name])?;
             samples.push(took);
             kill(&mut child)?;
             self.free(&name)?;
@@ -84,11 +82,11 @@ impl Bench<'_> {
 
     fn resumes(&self, runs: usize) -> Result<(Vec<u64>, u64), BenchError> {
         drop(self.pool.vm("resume", &self.shape, "counter", BUSY)?);
-        let (mut child, _) = self.start(&["run".to_owned(), "resume".to_owned()])?;
+        let (mut child, _) = start(self.pool, &["run", "resume"])?;
         let (mut samples, mut pss) = (Vec::with_capacity(runs), 0);
         for _ in 0..runs {
             freeze(&mut child)?;
-            let (next, took) = self.start(&["resume".to_owned(), "resume".to_owned()])?;
+            let (next, took) = start(self.pool, &["resume", "resume"])?;
             samples.push(took);
             pss = vmm_pss(&next)?;
             child = next;
@@ -96,26 +94,6 @@ impl Bench<'_> {
         kill(&mut child)?;
         self.free("resume")?;
         Ok((samples, pss))
-    }
-
-    /// Starts this program, and waits for the first byte of its output.
-    fn start(&self, arguments: &[String]) -> Result<(Child, u64), BenchError> {
-        let mut command = Command::new("/proc/self/exe");
-        command.arg("--pool").arg(self.pool.directory()).args(arguments);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let start = Instant::now();
-        let mut child = command.spawn().map_err(|source| BenchError::System { doing: "start perdure", source })?;
-        let mut byte = [0];
-        let output = child.stdout.as_mut().ok_or_else(|| BenchError::Guest("no output".to_owned()))?;
-        let read = output.read_exact(&mut byte);
-        let took = nanoseconds(start.elapsed());
-        match read {
-            Ok(()) => Ok((child, took)),
-            Err(source) => {
-                kill(&mut child)?;
-                Err(BenchError::System { doing: "read the guest's first output", source })
-            }
-        }
     }
 
     fn free(&self, name: &str) -> Result<(), BenchError> {
@@ -131,6 +109,26 @@ impl Bench<'_> {
     }
 }
 
+/// Starts this program, and waits for the first byte of its output.
+pub(super) fn start(pool: &BenchPool, arguments: &[&str]) -> Result<(Child, u64), BenchError> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("--pool").arg(pool.directory()).args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let start = Instant::now();
+    let mut child = command.spawn().map_err(|source| BenchError::System { doing: "start perdure", source })?;
+    let mut byte = [0];
+    let output = child.stdout.as_mut().ok_or_else(|| BenchError::Guest("no output".to_owned()))?;
+    let read = output.read_exact(&mut byte);
+    let took = nanoseconds(start.elapsed());
+    match read {
+        Ok(()) => Ok((child, took)),
+        Err(source) => {
+            kill(&mut child)?;
+            Err(BenchError::System { doing: "read the guest's first output", source })
+        }
+    }
+}
+
 fn send(child: &Child, signal: Signal) -> Result<(), BenchError> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or_else(|| BenchError::Guest("no process".to_owned()))?;
@@ -138,7 +136,7 @@ fn send(child: &Child, signal: Signal) -> Result<(), BenchError> {
 }
 
 /// Freezes the VM, and waits until its process is gone. Its output is read on meanwhile, so that it is not held back.
-fn freeze(child: &mut Child) -> Result<(), BenchError> {
+pub(super) fn freeze(child: &mut Child) -> Result<(), BenchError> {
     send(child, Signal::POWER)?;
     if let Some(output) = &mut child.stdout {
         let _ = std::io::copy(output, &mut std::io::sink());
@@ -146,7 +144,7 @@ fn freeze(child: &mut Child) -> Result<(), BenchError> {
     wait(child)
 }
 
-fn kill(child: &mut Child) -> Result<(), BenchError> {
+pub(super) fn kill(child: &mut Child) -> Result<(), BenchError> {
     send(child, Signal::KILL)?;
     wait(child)
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::output::say;
 use super::{Environment, output};
 use crate::bench::alternatives::{Alternative, Way};
-use crate::bench::{BenchPool, Conditions, Distribution, Shape, freeze, restore, resume, snapshot, store};
+use crate::bench::{BenchPool, Conditions, Distribution, Shape, freeze, lazy, restore, resume, snapshot, store};
 use crate::machine::config::ByteSize;
 
 /// Measure. Each bench makes a pool of its own below the pool, and removes it in the end.
@@ -24,6 +24,8 @@ enum What {
     Freeze(FreezeArgs),
     /// From the start of the process to the guest's first output; cold starts; the VMM's own memory
     Resume(ResumeArgs),
+    /// Going back to a generation before its memory is restored, and after: first output, and all of the memory
+    Lazy(ResumeArgs),
     /// How long a guest stands for a generation, and how long until that is durable
     Snapshot(SnapshotArgs),
     /// A generation into memory, against a raw sequential read; at depth 1 and far from it
@@ -133,6 +135,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> 
     match &args.what {
         What::Freeze(args) => freeze(&environment.pool, args),
         What::Resume(args) => resume(&environment.pool, args),
+        What::Lazy(args) => lazy(&environment.pool, args),
         What::Snapshot(args) => snapshot(&environment.pool, args),
         What::Restore(args) => restore(&environment.pool, args),
         What::Store(args) => store(&environment.pool, args),
@@ -265,6 +268,37 @@ fn resume(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
         .collect();
     let headings = ["MEDIUM", "CPUS", "MEMORY", "RESUME P50", "P99", "COLD P50", "P99", "NEW VM P50", "P99", "VMM PSS"];
     output::table(&headings, &rows);
+    tell(&conditions);
+    Ok(())
+}
+
+fn lazy(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
+    let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
+    let mut results = Vec::new();
+    for shape in args.common.shapes() {
+        progress(&args.common, "lazy", &shape);
+        results.extend(lazy::measure(&pool, shape, args.common.runs as usize)?);
+    }
+    if args.common.json {
+        return output::json(&Results { conditions, results });
+    }
+    let cells = |result: &lazy::LazyResult| {
+        let mut row = shape_cells(&result.shape);
+        row.push(match result.way {
+            lazy::Way::Eager => "before it runs".to_owned(),
+            lazy::Way::Lazy => "while it runs".to_owned(),
+            lazy::Way::LazyKnown => "while it runs, known".to_owned(),
+            lazy::Way::OnDemand => "on demand alone".to_owned(),
+        });
+        row.extend(p50_p99(&result.output));
+        let never = || ["-".to_owned(), "-".to_owned()];
+        row.extend(if result.whole.samples > 0 { p50_p99(&result.whole) } else { never() });
+        row.push(result.faults.to_string());
+        row
+    };
+    let headings =
+        ["MEDIUM", "CPUS", "MEMORY", "MEMORY COMES", "FIRST OUTPUT P50", "P99", "ALL THERE P50", "P99", "FAULTS"];
+    output::table(&headings, &results.iter().map(cells).collect::<Vec<_>>());
     tell(&conditions);
     Ok(())
 }

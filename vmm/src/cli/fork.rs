@@ -10,7 +10,7 @@ use super::progress::Progress;
 use super::{Environment, output};
 use crate::machine::config::{SerialTarget, VmConfig};
 use crate::persistence::regions::{VmRegions, region_name};
-use crate::persistence::rollback::{Plan, restore};
+use crate::persistence::rollback::{Pages, Plan, restore};
 
 /// Make a sibling of a virtual machine, which goes on from one of its generations: `perdure resume NEW`.
 ///
@@ -100,7 +100,7 @@ pub(super) fn born(pool: &Pool, store: &Store, plan: &Plan, name: &str, config: 
         }
     };
     let mut progress = Progress::new(format!("restoring {name} ({})", output::bytes(config.memory.0)));
-    restore(plan, &mut regions, &mut |done, total| progress.pages(done, total))
+    restore(store, plan, &mut regions, &mut Pages::Now(&mut |done, total| progress.pages(done, total)))
         .with_context(|| format!("VM {name} is there, but not whole: `perdure resume {name}` tries again"))?;
     Ok(())
 }

@@ -28,7 +28,10 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> 
             let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
             vec![
                 vm.name,
-                vm.state.word().to_owned(),
+                vm.restored_percent.map_or_else(
+                    || vm.state.word().to_owned(),
+                    |percent| format!("{} ({percent} % restored)", vm.state.word()),
+                ),
                 or_dash(vm.pid.map(|pid| pid.to_string())),
                 or_dash(vm.memory.map(output::bytes)),
                 or_dash(vm.cpus.map(|cpus| cpus.to_string())),

@@ -130,6 +130,10 @@ fn tell(name: &str, ended: &Ended) -> ExitCode {
             eprintln!("perdure: {name}: {failure}");
             ExitCode::FAILURE
         }
+        Ended::MemoryLost(why) => {
+            eprintln!("perdure: {name} was stopped: {why}; `perdure resume {name}` takes a generation that is whole");
+            ExitCode::FAILURE
+        }
         Ended::Frozen(report) => {
             let milliseconds = report.total_ns as f64 / 1e6;
             eprintln!(

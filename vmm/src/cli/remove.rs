@@ -7,6 +7,7 @@ use super::Environment;
 use super::lineage::{self, Lineage};
 use super::survey::{VmState, survey};
 use crate::persistence::regions::{RegionsError, region_name};
+use crate::persistence::working_set;
 
 /// Remove a virtual machine: its regions with all that is in them, and its generations.
 #[derive(Debug, clap::Args)]
@@ -45,6 +46,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> 
     }
     free(&pool, name)?;
     let _ = std::fs::remove_file(environment.pool.join("run").join(format!("{name}.log")));
+    let _ = std::fs::remove_file(working_set::path(&environment.pool, name));
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use allocator::Pool;
+use allocator::medium::on_demand;
 use anyhow::Context as _;
 
 use super::progress::Progress;
@@ -12,7 +13,7 @@ use crate::machine::config::{SerialTarget, VmConfig};
 use crate::machine::time::nanoseconds;
 use crate::persistence::recovery::{Doubt, assess};
 use crate::persistence::regions::{RegionsError, VmRegions};
-use crate::persistence::rollback::{Plan, Restored, Skipped, recover, roll_back};
+use crate::persistence::rollback::{Pages, Plan, Restored, Skipped, recover, roll_back};
 use crate::supervisor::Supervisor;
 use crate::supervisor::launch::{self, Role};
 
@@ -29,6 +30,16 @@ pub(super) struct Args {
     /// Go back to this generation first, as in 17; what was, if it was frozen, is kept as a generation
     #[arg(long, value_name = "ID", conflicts_with = "all")]
     generation: Option<String>,
+    /// Where it goes back to a generation, run at once: memory comes from there as the guest asks for it, and the rest meanwhile
+    ///
+    /// Each page is verified before the guest sees it; one that no copy of is good stops the VM, and is named. What the guest asked for
+    /// first is remembered, and fetched first the next time. The generation is protected for as long as it is needed. A power failure
+    /// in the middle loses nothing: the VM is frozen as it is, and `resume` goes on with both. `list` and `inspect` tell how far it is.
+    #[arg(long)]
+    lazy: bool,
+    /// With --lazy: fetch only what the guest asks for
+    #[arg(long, requires = "lazy")]
+    no_prefetch: bool,
     /// With --generation: do not keep what was
     #[arg(long, requires = "generation")]
     discard: bool,
@@ -45,32 +56,33 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
         Some(name) => {
             let pool = environment.open_pool()?;
             if Role::of_this_process() != Role::First {
-                return here(environment, live::hold(&pool, name)?);
+                return here(environment, args, live::hold(&pool, name)?);
             }
             let back = args.generation.as_ref().map(|id| Back { id, discard: args.discard });
-            let Prepared { regions, .. } = prepare(&pool, name, back.as_ref())?;
-            one(environment, &pool, regions, args.detach)
+            let Prepared { regions, .. } = prepare(&pool, name, back.as_ref(), args.lazy)?;
+            one(environment, &pool, regions, args)
         }
-        None => all(environment),
+        None => all(environment, args),
     }
 }
 
-fn one(environment: &Environment, pool: &Pool, regions: VmRegions, detach: bool) -> anyhow::Result<ExitCode> {
+fn one(environment: &Environment, pool: &Pool, regions: VmRegions, args: &Args) -> anyhow::Result<ExitCode> {
+    let detach = args.detach;
     if !(detach || std::io::IsTerminal::is_terminal(&std::io::stdin())) {
-        return here(environment, regions);
+        return here(environment, args, regions);
     }
     let (name, serial) = (regions.name().to_owned(), regions.config().serial.clone());
     // The process of its own that may follow leases them itself.
     drop(regions);
     match live::elsewhere(environment, &name, detach, &serial)? {
         Some(code) => Ok(code),
-        None => here(environment, live::hold(pool, &name)?),
+        None => here(environment, args, live::hold(pool, &name)?),
     }
 }
 
 /// Lives the VM's life in this process.
-fn here(environment: &Environment, regions: VmRegions) -> anyhow::Result<ExitCode> {
-    let begin = |keyboard| Ok(Supervisor::resume(environment.pool.clone(), regions, keyboard)?);
+fn here(environment: &Environment, args: &Args, regions: VmRegions) -> anyhow::Result<ExitCode> {
+    let begin = |keyboard| Ok(Supervisor::resume(environment.pool.clone(), regions, keyboard, !args.no_prefetch)?);
     live::here(begin, |_| {})
 }
 
@@ -88,7 +100,7 @@ struct Prepared {
 }
 
 /// Brings a VM that was cut off back to a generation, or any VM to the one that is asked for.
-fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>) -> anyhow::Result<Prepared> {
+fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>, lazy: bool) -> anyhow::Result<Prepared> {
     let mut regions = match live::hold(pool, name) {
         Err(error @ RegionsError::NoContext { .. }) => match without_context(pool, name)? {
             Some(regions) => regions,
@@ -102,13 +114,14 @@ fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>) -> anyhow::Result<P
     }
     let mut progress = Progress::new(format!("restoring {name} ({})", output::bytes(regions.ram().size())));
     let mut on_progress = |done, total| progress.pages(done, total);
+    let mut pages = if lazy && can_be_lazy() { Pages::Later } else { Pages::Now(&mut on_progress) };
     let restored = match back {
         Some(Back { id, discard }) => {
             let id = lineage::id(name, id)?;
             let Some(lineage) = lineage::of_held(pool, &regions)? else {
                 anyhow::bail!("VM {name} has no generations: `perdure snapshot {name}` takes one while it runs");
             };
-            let rolled = roll_back(&lineage.store, &mut regions, &id, *discard, &mut on_progress);
+            let rolled = roll_back(&lineage.store, &mut regions, &id, *discard, &mut pages);
             rolled.with_context(|| match (regions.is_clean(), &doubt) {
                 (true, _) => format!("VM {name} was not rolled back, nothing was altered"),
                 (false, Some(_)) => format!("VM {name} was not rolled back"),
@@ -121,7 +134,7 @@ fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>) -> anyhow::Result<P
             let Some(lineage) = lineage::of_held(pool, &regions)? else {
                 return Ok(Prepared { regions, restored: false });
             };
-            recover(&lineage.store, &mut regions, &mut on_progress)
+            recover(&lineage.store, &mut regions, &mut pages)
                 .with_context(|| format!("VM {name} was cut off while it ran"))?
         }
     };
@@ -129,8 +142,22 @@ fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>) -> anyhow::Result<P
     if let Some(doubt) = doubt {
         eprintln!("perdure: {name} was not frozen: {}", doubt.found());
     }
-    tell(name, &restored);
+    tell(name, &restored, regions.context().standing.restoring().is_some());
     Ok(Prepared { regions, restored: true })
+}
+
+/// Whether memory can come while a VM runs; says why not.
+fn can_be_lazy() -> bool {
+    match on_demand::available() {
+        Ok(()) => true,
+        Err(error) => {
+            eprintln!(
+                "perdure: --lazy needs userfaultfd, and this process may not use it ({error}): all memory is restored first. \
+                 CAP_SYS_PTRACE, `sysctl vm.unprivileged_userfaultfd=1` or access to /dev/userfaultfd allow it"
+            );
+            false
+        }
+    }
 }
 
 /// The regions of a VM whose context cannot be read, if a generation says what it is made of.
@@ -145,7 +172,7 @@ fn without_context(pool: &Pool, name: &str) -> anyhow::Result<Option<VmRegions>>
 }
 
 /// What became of it, on standard error: standard output may be the guest's.
-fn tell(name: &str, restored: &Restored) {
+fn tell(name: &str, restored: &Restored, lazy: bool) {
     let Restored { generation, kept, skipped, report, took } = restored;
     for Skipped { generation, why } in skipped {
         eprintln!("perdure: {} is passed over: {why}", generation.id);
@@ -153,7 +180,8 @@ fn tell(name: &str, restored: &Restored) {
     let label = generation.label.as_ref().map(|label| format!(" ({label})")).unwrap_or_default();
     let (age, pages) = (lineage::age(lineage::age_ms(generation)), report.pages);
     let took = output::time(nanoseconds(*took));
-    eprintln!("perdure: {name} goes on from generation {}{label}, {age} old ({pages} pages in {took})", generation.id);
+    let how = if lazy { "its pages come while it runs".to_owned() } else { format!("{pages} pages in {took}") };
+    eprintln!("perdure: {name} goes on from generation {}{label}, {age} old ({how})", generation.id);
     if let Some(kept) = kept {
         eprintln!("perdure: what was is generation {}", kept.id);
     }
@@ -167,17 +195,17 @@ fn tell(name: &str, restored: &Restored) {
     }
 }
 
-fn all(environment: &Environment) -> anyhow::Result<ExitCode> {
+fn all(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
     if let Role::Detached(_) = Role::of_this_process() {
         let name = std::env::var(launch::NAME).unwrap_or_default();
-        return here(environment, live::hold(&environment.open_pool()?, &name)?);
+        return here(environment, args, live::hold(&environment.open_pool()?, &name)?);
     }
     let pool = environment.open_pool()?;
     let mut code = ExitCode::SUCCESS;
     for name in names(&pool) {
         match survey(environment, &pool, &name)?.state {
             VmState::Frozen => {}
-            VmState::Unclean | VmState::Damaged => match prepare(&pool, &name, None) {
+            VmState::Unclean | VmState::Damaged => match prepare(&pool, &name, None, args.lazy) {
                 Ok(Prepared { restored: true, .. }) => {}
                 Ok(Prepared { restored: false, .. }) => continue,
                 Err(error) => {

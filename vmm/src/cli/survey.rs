@@ -69,6 +69,8 @@ pub(super) struct Survey {
     pub(super) cpus: Option<u32>,
     /// More about the state: what was found, what to do.
     pub(super) detail: Option<String>,
+    /// How much of its memory is restored, in per cent, where that goes on while it runs.
+    pub(super) restored_percent: Option<u64>,
     /// What its process says of it.
     pub(super) status: Option<Status>,
     /// Its generations; looked for by [`Survey::with_generations`] alone.
@@ -111,6 +113,7 @@ pub(super) fn survey(environment: &Environment, pool: &Pool, name: &str) -> Resu
         medium: ram.as_ref().map(|region| region.medium.to_string()),
         cpus: None,
         detail: None,
+        restored_percent: None,
         status: None,
         generations: None,
     };
@@ -136,7 +139,13 @@ impl Survey {
         let VmConfig { cpus, .. } = regions.config();
         self.cpus = Some(*cpus);
         match assess(regions) {
-            Ok(()) => self.state = VmState::Frozen,
+            Ok(()) => {
+                self.state = VmState::Frozen;
+                if let Some(restoring) = regions.context().standing.restoring() {
+                    let (present, clusters) = restoring.progress(regions.ram().size());
+                    self.restoring(&restoring.generation, present, clusters);
+                }
+            }
             Err(doubt) => {
                 self.state = match (&regions.context().standing, regions.is_clean()) {
                     (Standing::Created, true) => VmState::Created,
@@ -149,6 +158,13 @@ impl Survey {
                 });
             }
         }
+    }
+
+    fn restoring(&mut self, generation: &str, present: u64, clusters: u64) {
+        let percent = present.min(clusters) * 100 / clusters.max(1);
+        self.restored_percent = Some(percent);
+        self.detail =
+            Some(format!("{percent} % of its memory are restored from {generation}, the rest comes while it runs"));
     }
 
     /// Looks for its generations. A store that cannot be read is told of in the detail.
@@ -193,6 +209,9 @@ impl Survey {
                 };
                 self.pid = Some(status.pid);
                 self.cpus = Some(status.config.cpus);
+                if let Some(restoring) = &status.restoring {
+                    self.restoring(&restoring.generation, restoring.present, restoring.clusters);
+                }
                 self.status = Some(*status);
             }
             Ok(_) => {}

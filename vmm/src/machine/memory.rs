@@ -26,6 +26,14 @@ pub unsafe trait HostMemory: Send + Sync + std::fmt::Debug {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+    /// Makes sure that the VMM itself can access `length` bytes from `offset` on; waits for those that are not there yet.
+    ///
+    /// # Errors
+    /// They cannot be had: who accesses them gets no bytes but a signal.
+    fn bring_in(&self, offset: u64, length: u64) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let _ = (offset, length);
+        Ok(())
+    }
 }
 
 // SAFETY: a Mapping unmaps only when it is dropped, does not move, and hands out no references into the memory.
@@ -73,6 +81,9 @@ pub enum MemoryError {
     /// The pieces do not fit together.
     #[error("cannot place {0} bytes of RAM at guest addresses")]
     Place(u64),
+    /// Pages that cannot be had.
+    #[error("a part of the guest's memory cannot be had")]
+    Absent(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Pages that there are not.
     #[error("cannot read {count} pages of RAM from page {first} on: there are {pages}")]
     Read {
@@ -104,7 +115,7 @@ pub struct RamRange {
 pub struct GuestRam {
     memory: GuestMemory,
     ranges: Vec<RamRange>,
-    _host: Box<dyn HostMemory>,
+    host: Box<dyn HostMemory>,
 }
 
 impl GuestRam {
@@ -127,7 +138,7 @@ impl GuestRam {
             offset += usize::try_from(length).map_err(|_| MemoryError::Place(size))?;
         }
         let memory = GuestMemory::from_regions(regions).map_err(|_| MemoryError::Place(size))?;
-        Ok(Arc::new(Self { memory, ranges, _host: host }))
+        Ok(Arc::new(Self { memory, ranges, host }))
     }
 
     /// Where the RAM lies.
@@ -152,11 +163,12 @@ impl GuestRam {
     /// be half old and half new.
     ///
     /// # Errors
-    /// [`MemoryError::Read`].
+    /// [`MemoryError::Read`], [`MemoryError::Absent`].
     pub fn copy_pages(&self, first: u64, into: &mut [u8]) -> Result<(), MemoryError> {
         let count = into.len() as u64 / PAGE_SIZE;
         let beyond = || MemoryError::Read { first, count, pages: self.pages() };
         let mut at = first.checked_mul(PAGE_SIZE).ok_or_else(beyond)?;
+        self.host.bring_in(at, into.len() as u64).map_err(MemoryError::Absent)?;
         let mut rest = into;
         for range in &self.ranges {
             if at < range.length && !rest.is_empty() {
@@ -169,6 +181,14 @@ impl GuestRam {
             }
         }
         if rest.is_empty() { Ok(()) } else { Err(beyond()) }
+    }
+
+    /// Makes sure that all of it is there: before the VMM writes to it at addresses of its own choice.
+    ///
+    /// # Errors
+    /// [`MemoryError::Absent`].
+    pub fn bring_in(&self) -> Result<(), MemoryError> {
+        self.host.bring_in(0, self.pages() * PAGE_SIZE).map_err(MemoryError::Absent)
     }
 
     /// Adds the pages that the VMM itself wrote since the last call; each is told once.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use allocator::{Region, RegionError, frame};
 
+use super::restoring::RestoringV1;
 use crate::machine::MachineStateV1;
 use crate::machine::config::VmConfig;
 use crate::machine::time::nanoseconds;
@@ -57,6 +58,20 @@ pub struct FrozenV1 {
     pub machine: MachineStateV1,
     /// The serial line.
     pub console: ConsoleStateV1,
+    /// RAM is not all in its region yet. Never so in a generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restoring: Option<RestoringV1>,
+}
+
+impl Standing {
+    /// The restore that is under way, if there is one.
+    #[must_use]
+    pub fn restoring(&self) -> Option<&RestoringV1> {
+        match self {
+            Self::Frozen(frozen) => frozen.restoring.as_ref(),
+            Self::Created | Self::Ended { .. } => None,
+        }
+    }
 }
 
 /// One context.

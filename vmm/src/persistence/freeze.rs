@@ -7,6 +7,7 @@
 //!   quiesce    bytes under way reach their end or a queue   after stop: the guest produces more until then
 //!   devices    device state                                 before the interrupt controller: a device may still raise
 //!   cpus       vCPUs, interrupt controller, clock           after devices, see above
+//!   restoring  how far a restore that is under way is       before persist: what it says is there must be flushed
 //!   persist    regions reach their medium                   before the context: a context must never name unsaved RAM
 //!   context    the other slot is written, durable           before the stamp: a stamp must never name a missing context
 //!   stamp      clean@N in the RAM region's header, durable  last: it is what makes the context count
@@ -134,15 +135,17 @@ pub fn freeze(
     power_back: &AtomicBool,
 ) -> Result<FreezeReport, FreezeError> {
     let mut steps = Stopwatch::start(power_back);
+    regions.hold_restore(true);
     let (state, still) = hold_still(machine, surroundings, Output::Durable, &mut steps)?;
     let StillSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns } = still;
     let mut took = FreezeSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns, ..FreezeSteps::default() };
 
+    let restoring = regions.restoring();
     let persisted = regions.persist_ram()?;
     took.persist_ns = steps.next()?;
 
     let sequence = regions.next_sequence();
-    let frozen = FrozenV1 { machine: state, console: surroundings.save() };
+    let frozen = FrozenV1 { machine: state, console: surroundings.save(), restoring };
     let context = ContextV1 {
         sequence,
         written_ns: context::now_ns(),
@@ -219,6 +222,7 @@ pub fn thaw(
 ) -> Result<(), FreezeError> {
     // Durably, before any vCPU runs: from then on RAM is no longer that of the context.
     regions.clear_stamp()?;
+    regions.hold_restore(false);
     let_go(machine, surroundings, vcpus)
 }
 

@@ -7,5 +7,7 @@ pub mod generations;
 pub mod lifecycle;
 pub mod recovery;
 pub mod regions;
+pub mod restoring;
 pub mod resume;
 pub mod rollback;
+pub mod working_set;

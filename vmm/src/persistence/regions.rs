@@ -11,6 +11,7 @@ use allocator::{
 };
 
 use super::context::{self, ContextError, ContextV1, Encoded, Slots, Standing};
+use super::restoring::{PagedMemory, Paging, Restoring, RestoringError, RestoringV1};
 use crate::machine::config::VmConfig;
 use crate::machine::kvm::Host;
 use crate::machine::memory::{GuestRam, HostMemory, MemoryError};
@@ -110,9 +111,10 @@ fn in_words(found: &[String]) -> String {
 #[derive(Debug)]
 pub struct VmRegions {
     name: String,
-    ram: Region,
+    ram: Arc<Region>,
     mapping: Option<Arc<Mapping>>,
     placed: Option<Arc<GuestRam>>,
+    restoring: Option<Restoring>,
     context_region: Region,
     context: ContextV1,
     /// What it was made of before a fresh start that is yet to succeed.
@@ -181,9 +183,10 @@ impl VmRegions {
             let name = name.to_owned();
             Ok(Self {
                 name,
-                ram,
+                ram: Arc::new(ram),
                 mapping: None,
                 placed: None,
+                restoring: None,
                 context_region,
                 context,
                 before: None,
@@ -221,7 +224,17 @@ impl VmRegions {
         if config != region {
             return Err(RegionsError::Mismatch { name, config, region });
         }
-        Ok(Self { name, ram, mapping: None, placed: None, context_region, context, before: None, damage })
+        Ok(Self {
+            name,
+            ram: Arc::new(ram),
+            mapping: None,
+            placed: None,
+            restoring: None,
+            context_region,
+            context,
+            before: None,
+            damage,
+        })
     }
 
     /// Leases the regions of a VM whose context cannot be read, to restore them from a generation. `config` says what it is made of.
@@ -238,7 +251,17 @@ impl VmRegions {
         let standing = Standing::Ended { how: "its context was lost".to_owned() };
         let context = ContextV1 { sequence: lost.saturating_add(1), written_ns: 0, config, standing };
         let name = name.to_owned();
-        Ok(Self { name, ram, mapping: None, placed: None, context_region, context, before: None, damage })
+        Ok(Self {
+            name,
+            ram: Arc::new(ram),
+            mapping: None,
+            placed: None,
+            restoring: None,
+            context_region,
+            context,
+            before: None,
+            damage,
+        })
     }
 
     /// The VM's name.
@@ -331,12 +354,51 @@ impl VmRegions {
         Ok(machine?)
     }
 
+    /// Goes on restoring RAM while it is used, where the context says that this was under way. Nothing is altered on an error.
+    ///
+    /// # Errors
+    /// [`RestoringError`].
+    pub fn go_on_restoring(&mut self, paging: &Paging<'_>) -> Result<(), RestoringError> {
+        let Some(record) = self.context.standing.restoring() else { return Ok(()) };
+        let ram = Arc::clone(&self.ram);
+        self.restoring = Some(Restoring::begin(record, &self.name, &self.context.config, ram, paging)?);
+        Ok(())
+    }
+
+    /// The restore that this process took up; it may be complete by now.
+    #[must_use]
+    pub fn restore_under_way(&self) -> Option<&Restoring> {
+        self.restoring.as_ref()
+    }
+
+    /// How far a restore is that is under way, for the next context. To be taken before RAM is made durable.
+    #[must_use]
+    pub fn restoring(&self) -> Option<RestoringV1> {
+        self.restoring.as_ref().and_then(Restoring::record)
+    }
+
+    /// Memory that nobody has asked for is not fetched, or is again.
+    pub fn hold_restore(&self, held: bool) {
+        if let Some(restoring) = &self.restoring {
+            restoring.pager().hold(held);
+        }
+    }
+
     fn place_ram(&mut self) -> Result<Arc<GuestRam>, RegionsError> {
         if let Some(ram) = &self.placed {
             return Ok(Arc::clone(ram));
         }
-        let mapping = Arc::new(self.ram.map()?);
-        let ram = GuestRam::place(Box::new(Arc::clone(&mapping)))?;
+        let (mapping, memory): (_, Box<dyn HostMemory>) = match &self.restoring {
+            Some(restoring) => {
+                let pager = restoring.pager();
+                (Arc::clone(pager.mapping()), Box::new(PagedMemory(Arc::clone(pager))))
+            }
+            None => {
+                let mapping = Arc::new(self.ram.map()?);
+                (Arc::clone(&mapping), Box::new(mapping))
+            }
+        };
+        let ram = GuestRam::place(memory)?;
         self.mapping = Some(mapping);
         self.placed = Some(Arc::clone(&ram));
         Ok(ram)

@@ -4,7 +4,8 @@
 //!   step      what                                       if it stood elsewhere
 //!   ────────  ─────────────────────────────────────────  ──────────────────────────────────────────────────────────
 //!   verify    context verifies, RAM is clean@N           first: nothing is altered if it is not so
-//!   map       RAM where the guest had it                 nothing is read, nothing is copied
+//!   map       RAM where the guest had it                 nothing is read, nothing is copied; where it is still being restored
+//!                                                        ([`super::restoring`]), what is missing comes as it is asked for
 //!   assemble  an empty machine over it                   writes no RAM, and so goes on beside the next
 //!   clear     the stamp, durably                         before anything may write RAM: a second cut must not find RAM
 //!                                                        that has gone on under a stamp that says it has not
@@ -21,6 +22,7 @@ use allocator::RegionError;
 use super::context::{ConsoleStateV1, FrozenV1, Standing};
 use super::recovery::{Doubt, assess};
 use super::regions::{RegionsError, VmRegions};
+use super::restoring::{Paging, RestoringError};
 use crate::machine::kvm::vm::Outage;
 use crate::machine::kvm::{Host, KvmError};
 use crate::machine::{Machine, MachineError, Wiring};
@@ -43,6 +45,17 @@ pub enum ResumeError {
     /// The regions.
     #[error(transparent)]
     Regions(#[from] RegionsError),
+    /// Its memory was still being restored from a generation.
+    #[error(
+        "VM {name} was frozen while its memory was being restored, and that cannot go on: nothing was altered; `perdure resume {name} --generation ID` takes another generation"
+    )]
+    Restoring {
+        /// Which.
+        name: String,
+        /// Why not.
+        #[source]
+        source: RestoringError,
+    },
     /// The stamp.
     #[error(transparent)]
     Stamp(#[from] RegionError),
@@ -64,11 +77,14 @@ pub enum ResumeError {
 pub fn resume(
     regions: &mut VmRegions,
     wiring: Wiring,
+    paging: &Paging<'_>,
     restore_console: impl FnOnce(&ConsoleStateV1),
 ) -> Result<Machine, ResumeError> {
     assess(regions).map_err(|doubt| ResumeError::Refused { name: regions.name().to_owned(), doubt })?;
     let sequence = regions.context().sequence;
     let host = Host::open()?;
+    let name = regions.name().to_owned();
+    regions.go_on_restoring(paging).map_err(|source| ResumeError::Restoring { name, source })?;
     let restored = regions
         .assemble(host, wiring)
         .map_err(ResumeError::from)
@@ -89,7 +105,7 @@ fn restore(
     let Standing::Frozen(frozen) = &regions.context().standing else {
         return Err(ResumeError::Refused { name: name(), doubt: Doubt::NotFrozen("not frozen") });
     };
-    let FrozenV1 { machine: state, console } = &**frozen;
+    let FrozenV1 { machine: state, console, restoring: _ } = &**frozen;
     let outage = Outage::since(&state.vm.clock, regions.config().clock);
     machine.restore(state, outage).map_err(|source| ResumeError::Machine { name: name(), source })?;
     restore_console(console);

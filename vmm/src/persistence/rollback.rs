@@ -10,6 +10,7 @@
 //!   choose    the chosen generation is committed anew,    after clear, before RAM changes: from here a cut ends in the
 //!             as the newest one: no pages, one record     chosen generation, since recovery takes the newest
 //!   restore   zeros, then the pages; flushed              before the context: a context must never name unsaved RAM
+//!             (or the zeros alone: the pages come later)
 //!   context   N+1, with the generation's machine state    before the stamp: a stamp must never name a missing context
 //!   stamp     clean@N+1                                   last: it is what makes the context count
 //! ```
@@ -32,8 +33,10 @@ use snapshot::{
 use super::context::{self, ContextError, ContextV1, Standing};
 use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, REGION_RAM};
 use super::regions::{RegionsError, VmRegions};
+use super::restoring::{self, RestoringError, RestoringV1};
 use crate::machine::config::generations::Integrity;
 use crate::machine::config::{ByteSize, ConfigError, MAX_CPUS, VmConfig};
+use crate::machine::memory::PAGE_SIZE;
 
 /// Bytes of RAM read at a time when it is kept.
 const PIECE: usize = 4 << 20;
@@ -91,6 +94,9 @@ pub enum RollbackError {
     /// The regions.
     #[error(transparent)]
     Regions(#[from] RegionsError),
+    /// The restore that was under way.
+    #[error(transparent)]
+    Restoring(#[from] RestoringError),
     /// The stamp.
     #[error(transparent)]
     Stamp(#[from] RegionError),
@@ -164,6 +170,9 @@ impl Plan {
         let Standing::Frozen(frozen) = &context.standing else {
             return Err(unreadable("its machine was not running"));
         };
+        if frozen.restoring.is_some() {
+            return Err(unreadable("it says that its memory is elsewhere"));
+        }
         let config = &context.config;
         config.validate().map_err(|source| RollbackError::Config { id: id.clone(), source })?;
         if frozen.machine.vcpus.len() != config.cpus as usize {
@@ -223,6 +232,14 @@ impl PageSink for Ram<'_> {
     }
 }
 
+/// When a generation's pages are to be in the RAM region.
+pub enum Pages<'a> {
+    /// Before the VM runs. Hears how many pages of how many are done.
+    Now(&'a mut dyn FnMut(u64, u64)),
+    /// While it runs: [`super::restoring`].
+    Later,
+}
+
 /// Puts a plan into effect: from `clear` on. What was is lost; if this fails, or is cut, RAM counts as cut off.
 ///
 /// The VM keeps what is about its surroundings (medium, serial port, family); what it is for its guest comes from the generation.
@@ -230,11 +247,13 @@ impl PageSink for Ram<'_> {
 /// # Errors
 /// [`RollbackError`]: a [`recover`] is due then.
 pub fn restore(
+    store: &Store,
     plan: &Plan,
     regions: &mut VmRegions,
-    progress: &mut dyn FnMut(u64, u64),
+    pages: &mut Pages<'_>,
 ) -> Result<RestoreReport, RollbackError> {
     plan.check_fit(regions)?;
+    let before = regions.context().standing.restoring().filter(|restoring| restoring.unprotect).cloned();
     let VmConfig { cpus, memory, kernel, cmdline, clock, .. } = plan.config().clone();
     let config = VmConfig { cpus, memory, kernel, cmdline, clock, ..regions.config().clone() };
     let name = regions.name().to_owned();
@@ -245,10 +264,28 @@ pub fn restore(
     regions.clear_stamp()?;
     let ram = regions.ram();
     ram.zero().map_err(failed("zero"))?;
-    let report = plan.reader.restore_region(plan.ram, &Ram(ram), progress)?;
+    store.refresh()?;
+    let (report, base) = match pages {
+        Pages::Now(progress) => (plan.reader.restore_region(plan.ram, &Ram(ram), *progress)?, None),
+        Pages::Later => (RestoreReport::default(), Some(store.generation(&plan.reader.generation().id)?)),
+    };
     ram.sync().map_err(failed("flush"))?;
-    let standing = plan.context.standing.clone();
+    let mut standing = plan.context.standing.clone();
+    if let Standing::Frozen(frozen) = &mut standing {
+        // It may be protected for a restore from it that this one takes the place of.
+        let ours = |base: &Generation| before.as_ref().is_some_and(|before| before.generation == base.id.to_string());
+        let nothing_yet =
+            |base: &Generation| RestoringV1::nothing_yet(&base.id, !base.protected || ours(base), ram.size());
+        frozen.restoring = base.as_ref().map(nothing_yet);
+    }
     regions.adopt(ContextV1 { sequence: regions.next_sequence(), written_ns: context::now_ns(), config, standing })?;
+    if let Some(base) = base.as_ref().filter(|base| !base.protected) {
+        store.protect(&base.id, true)?;
+    }
+    let still = base.map(|base| base.id.to_string());
+    if let Some(before) = before.filter(|before| Some(&before.generation) != still.as_ref()) {
+        restoring::release(store, &before.generation.parse()?)?;
+    }
     Ok(report)
 }
 
@@ -256,11 +293,7 @@ pub fn restore(
 ///
 /// # Errors
 /// [`RollbackError::NoneUsable`], [`RollbackError::Store`] if there is none at all; others if the VM's regions fail.
-pub fn recover(
-    store: &Store,
-    regions: &mut VmRegions,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Restored, RollbackError> {
+pub fn recover(store: &Store, regions: &mut VmRegions, pages: &mut Pages<'_>) -> Result<Restored, RollbackError> {
     let name = regions.name().to_owned();
     let mut generations = store.generations(&name);
     if generations.is_empty() {
@@ -273,7 +306,7 @@ pub fn recover(
             .verify(&generation.id, Depth::Structure)
             .map_err(RollbackError::from)
             .and_then(|()| Plan::new(store, &generation.id, &name, Some(regions.ram().size())))
-            .and_then(|plan| restore(&plan, regions, progress));
+            .and_then(|plan| restore(store, &plan, regions, pages));
         match attempt {
             Ok(report) => return Ok(Restored { generation, kept: None, skipped, report, took: begun.elapsed() }),
             Err(error) if concerns_one(&error) => skipped.push(Skipped { generation, why: chain(&error) }),
@@ -314,14 +347,15 @@ pub fn roll_back(
     regions: &mut VmRegions,
     id: &GenerationId,
     discard: bool,
-    progress: &mut dyn FnMut(u64, u64),
+    pages: &mut Pages<'_>,
 ) -> Result<Restored, RollbackError> {
     let name = regions.name().to_owned();
     let plan = Plan::new(store, id, &name, Some(regions.ram().size()))?;
     plan.check_fit(regions)?;
     let integrity = regions.config().generations.integrity;
-    // Page by page, before anything is given up for it; unless lost pages are to be left out.
-    store.verify(id, if integrity == Integrity::Fail { Depth::Pages } else { Depth::Structure })?;
+    // Page by page, before anything is given up for it; unless lost pages are to be left out, or pages come later, each verified then.
+    let now = matches!(pages, Pages::Now(_));
+    store.verify(id, if now && integrity == Integrity::Fail { Depth::Pages } else { Depth::Structure })?;
     let generation = plan.reader.generation().clone();
     let frozen = regions.is_clean() && matches!(regions.context().standing, Standing::Frozen(_));
     let kept = match frozen && !discard {
@@ -338,7 +372,7 @@ pub fn roll_back(
         }
         return Err(error.into());
     }
-    let report = restore(&plan, regions, progress)?;
+    let report = restore(store, &plan, regions, pages)?;
     Ok(Restored { generation, kept, skipped: Vec::new(), report, took: begun.elapsed() })
 }
 
@@ -377,6 +411,10 @@ pub fn keep(store: &Store, regions: &VmRegions, label: &str) -> Result<Generatio
         label: Some(label.to_owned()),
         ..NewGeneration::manual(regions.name(), now_ms())
     };
+    if let Some(restoring) = regions.context().standing.restoring() {
+        // What is not in the region is in the generation that it is being restored from, and nowhere else.
+        return write_frozen(store, regions, on(Parent::Generation(restoring.generation.parse()?)));
+    }
     match write_frozen(store, regions, on(Parent::Newest)) {
         // Not even what it would have built on can be read: then on nothing.
         Err(RollbackError::Store(StoreError::Damaged { .. })) => write_frozen(store, regions, on(Parent::None)),
@@ -391,18 +429,33 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
     let spec = RegionSpec { name: REGION_RAM.to_owned(), kind: ram.info().kind.to_string(), size: ram.size() };
     let key = writer.region(&spec)?;
     let mut buffer = vec![0; PIECE];
-    let mut offset = 0;
-    while offset < ram.size() {
-        let length = usize::try_from(ram.size() - offset).unwrap_or(PIECE).min(PIECE);
-        let piece = buffer.get_mut(..length).unwrap_or_default();
-        ram.read_at(piece, offset).map_err(read)?;
-        writer.put_run(key, offset / snapshot::PAGE_SIZE as u64, piece)?;
-        offset += length as u64;
+    for run in bytes_there(regions)? {
+        let mut offset = run.start;
+        while offset < run.end {
+            let length = usize::try_from(run.end - offset).unwrap_or(PIECE).min(PIECE);
+            let piece = buffer.get_mut(..length).unwrap_or_default();
+            ram.read_at(piece, offset).map_err(read)?;
+            writer.put_run(key, offset / snapshot::PAGE_SIZE as u64, piece)?;
+            offset += length as u64;
+        }
+    }
+    let mut context = regions.context().clone();
+    if let Standing::Frozen(frozen) = &mut context.standing {
+        frozen.restoring = None;
     }
     let json = |result: Result<Vec<u8>, _>| result.map_err(|error| RollbackError::from(ContextError::Encode(error)));
-    writer.blob(BLOB_CONTEXT, &json(serde_json::to_vec(regions.context()))?)?;
+    writer.blob(BLOB_CONTEXT, &json(serde_json::to_vec(&context))?)?;
     writer.blob(BLOB_CONFIG, &json(serde_json::to_vec(regions.config()))?)?;
     Ok(writer.commit()?)
+}
+
+/// The bytes that are in the RAM region: all, unless it was still being restored.
+fn bytes_there(regions: &VmRegions) -> Result<Vec<std::ops::Range<u64>>, RollbackError> {
+    let size = regions.ram().size();
+    let Some(record) = regions.context().standing.restoring() else { return Ok(std::iter::once(0..size).collect()) };
+    let (_, present) = record.check(size)?;
+    let pages = restoring::pages_present(&present, record.cluster, size);
+    Ok(pages.runs().map(|run| run.start * PAGE_SIZE..(run.end * PAGE_SIZE).min(size)).collect())
 }
 
 /// Milliseconds since 1970-01-01 UTC.

@@ -22,6 +22,7 @@ use crate::machine::config::VmConfig;
 use crate::persistence::capture::CaptureReport;
 use crate::persistence::freeze::FreezeReport;
 use crate::persistence::lifecycle::State;
+use crate::persistence::restoring::RestoringStatus;
 
 /// A longer line is not a request.
 const LINE_MOST: u64 = 4096;
@@ -99,6 +100,9 @@ pub struct Status {
     pub report: u64,
     /// Whether a user paused it.
     pub paused: bool,
+    /// How far its memory is restored; `None` if all is there.
+    #[serde(default)]
+    pub restoring: Option<RestoringStatus>,
     /// How its generations fare.
     pub generations: GenerationsStatus,
 }

@@ -161,6 +161,23 @@ impl Generations {
         }
     }
 
+    /// RAM is that of generation `base` but for `changed`, and for what changes from now on.
+    ///
+    /// # Errors
+    /// [`CaptureError::Kvm`].
+    pub(super) fn build_on(
+        &mut self,
+        base: &GenerationId,
+        changed: Option<&PageSet>,
+        machine: &Machine,
+    ) -> Result<(), CaptureError> {
+        machine.dirty_tracker().enable()?;
+        self.watching = true;
+        self.base = Some(base.clone());
+        self.carried = changed.cloned();
+        Ok(())
+    }
+
     pub(super) fn status(&self) -> GenerationsStatus {
         self.status.clone()
     }

@@ -19,11 +19,12 @@ pub mod power;
 pub mod terminal;
 mod wake;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use allocator::pager::{PagerEvent, PagerEvents};
 use devices::MachineRequest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -43,7 +44,9 @@ use crate::persistence::context::ConsoleStateV1;
 use crate::persistence::freeze::{self, FreezeError, FreezeReport, Output, Surroundings, Vcpus};
 use crate::persistence::lifecycle::{Event, State};
 use crate::persistence::regions::{RegionsError, VmRegions};
+use crate::persistence::restoring::{self, Paging, RestoringStatus};
 use crate::persistence::resume::{self, ResumeError};
+use crate::persistence::working_set;
 
 /// While input waits for the guest to take it, how often it is offered.
 const OFFER_EVERY: Duration = Duration::from_millis(5);
@@ -61,6 +64,8 @@ pub enum Ended {
     Frozen(FreezeReport),
     /// A vCPU could not go on.
     Failed(VcpuFailure),
+    /// Memory that the guest asked for cannot be had from the generation that it is restored from: why, and which page.
+    MemoryLost(String),
 }
 
 /// What can go wrong around a VM.
@@ -108,6 +113,8 @@ pub enum SupervisorError {
 struct Inboxes {
     machine: mpsc::Receiver<MachineEvent>,
     machine_sender: mpsc::Sender<MachineEvent>,
+    memory: mpsc::Receiver<PagerEvent>,
+    memory_sender: mpsc::Sender<PagerEvent>,
     control: mpsc::Receiver<Pending>,
     control_sender: Option<mpsc::Sender<Pending>>,
     wake: Arc<Wake>,
@@ -116,9 +123,20 @@ struct Inboxes {
 impl Inboxes {
     fn new() -> std::io::Result<Self> {
         let (machine_sender, machine) = mpsc::channel();
+        let (memory_sender, memory) = mpsc::channel();
         let (control_sender, control) = mpsc::channel();
         let wake = Arc::new(Wake::new()?);
-        Ok(Self { machine, machine_sender, control, control_sender: Some(control_sender), wake })
+        Ok(Self { machine, machine_sender, memory, memory_sender, control, control_sender: Some(control_sender), wake })
+    }
+
+    /// Where news of memory that is being restored goes.
+    fn of_memory(&self) -> PagerEvents {
+        let (sender, wake) = (self.memory_sender.clone(), Arc::clone(&self.wake));
+        Arc::new(move |event| {
+            // The supervisor has ended if nobody receives.
+            let _ = sender.send(event);
+            wake.ring();
+        })
     }
 
     fn wiring(&self, console: &Console) -> Wiring {
@@ -157,7 +175,7 @@ pub struct Supervisor {
 /// How the VM is to begin.
 enum Beginning {
     Boot,
-    Resume,
+    Resume { prefetch: bool },
 }
 
 impl Supervisor {
@@ -169,12 +187,18 @@ impl Supervisor {
         Self::begin(pool, regions, keyboard, &Beginning::Boot)
     }
 
-    /// Continues a frozen VM at its next instruction. Its vCPUs run when this returns.
+    /// Continues a frozen VM at its next instruction. Its vCPUs run when this returns. Where its memory is still being restored,
+    /// `prefetch` says whether more of it is fetched than the guest asks for.
     ///
     /// # Errors
     /// [`SupervisorError::Resume`] and others; nothing was altered then.
-    pub fn resume(pool: PathBuf, regions: VmRegions, keyboard: Keyboard) -> Result<Self, SupervisorError> {
-        Self::begin(pool, regions, keyboard, &Beginning::Resume)
+    pub fn resume(
+        pool: PathBuf,
+        regions: VmRegions,
+        keyboard: Keyboard,
+        prefetch: bool,
+    ) -> Result<Self, SupervisorError> {
+        Self::begin(pool, regions, keyboard, &Beginning::Resume { prefetch })
     }
 
     fn begin(
@@ -193,17 +217,22 @@ impl Supervisor {
         };
         let wiring = inboxes.wiring(&console);
         let (machine, state) = match beginning {
-            Beginning::Boot => (boot(&mut regions, wiring)?, State::Created.after(Event::Start)),
-            Beginning::Resume => {
+            Beginning::Boot => (boot(&pool, &mut regions, wiring)?, State::Created.after(Event::Start)),
+            Beginning::Resume { prefetch } => {
                 let surroundings = Around(&console);
-                let machine = resume::resume(&mut regions, wiring, |bytes| surroundings.0.restore(bytes))?;
+                let paging = Paging { pool: &pool, prefetch: *prefetch, events: inboxes.of_memory() };
+                let machine = resume::resume(&mut regions, wiring, &paging, |bytes| surroundings.0.restore(bytes))?;
                 (machine, State::Resuming.after(Event::Restored))
             }
         };
-        machine.run()?;
         let name = regions.name().to_owned();
         let state = state.unwrap_or(State::Running);
-        let generations = Generations::new(pool.clone(), &name, regions.config(), Arc::clone(&inboxes.wake));
+        let mut generations = Generations::new(pool.clone(), &name, regions.config(), Arc::clone(&inboxes.wake));
+        if let Some(restoring) = regions.restore_under_way() {
+            // Before it runs: what it changes from now on is what the next generation has to look at.
+            generations.build_on(restoring.generation(), restoring.changed_before(), &machine)?;
+        }
+        machine.run()?;
         let mut supervisor = Self {
             name,
             pool,
@@ -286,6 +315,11 @@ impl Supervisor {
     /// Handles everything that has come in.
     fn take_news(&mut self) -> Result<Option<Ended>, SupervisorError> {
         self.inboxes.wake.hush();
+        while let Ok(event) = self.inboxes.memory.try_recv() {
+            if let Some(ended) = self.on_memory(event)? {
+                return Ok(Some(ended));
+            }
+        }
         while let Ok(event) = self.inboxes.machine.try_recv() {
             if let Some(ended) = self.on_machine(event)? {
                 return Ok(Some(ended));
@@ -312,6 +346,40 @@ impl Supervisor {
         if self.paused { Vcpus::Stay } else { Vcpus::Run }
     }
 
+    fn on_memory(&mut self, event: PagerEvent) -> Result<Option<Ended>, SupervisorError> {
+        match event {
+            PagerEvent::Complete => {
+                self.remember_working_set();
+                tracing::info!("{}: all of its memory is restored", self.name);
+                Ok(None)
+            }
+            PagerEvent::Missing(error) => {
+                let name = &self.name;
+                tracing::warn!(
+                    "{name}: {}; it stops if its guest asks for that. `perdure scrub {name} --repair` heals what has a good copy",
+                    Chain(&error)
+                );
+                Ok(None)
+            }
+            PagerEvent::Lost(error) => self.end(Ended::MemoryLost(Chain(&error).to_string())).map(Some),
+        }
+    }
+
+    /// For the next resume.
+    fn remember_working_set(&self) {
+        if let Some(restoring) = self.regions.restore_under_way() {
+            let (pager, clusters) = (restoring.pager(), restoring.status().clusters);
+            working_set::learn(&self.pool, &self.name, pager.cluster(), clusters, &pager.trace());
+        }
+    }
+
+    /// Nothing is restored from a generation any more, if ever it was.
+    fn let_go_of_generation(&self) {
+        if let Some(restoring) = self.regions.restore_under_way().filter(|restoring| restoring.holds_generation()) {
+            restoring::let_go(&self.pool, &self.name, self.regions.config(), restoring.generation());
+        }
+    }
+
     fn on_machine(&mut self, event: MachineEvent) -> Result<Option<Ended>, SupervisorError> {
         let ended = match event {
             MachineEvent::Request(MachineRequest::Reset) => {
@@ -336,8 +404,10 @@ impl Supervisor {
             Ended::Stopped => "stopped by perdure stop".to_owned(),
             Ended::DebugExit(code) => format!("the guest ended itself with code {code}"),
             Ended::Failed(failure) => failure.to_string(),
-            Ended::Frozen(_) => return Ok(ended),
+            // Memory that is not whole is nobody's end: it counts as cut off, and a resume finds a generation that is whole.
+            Ended::Frozen(_) | Ended::MemoryLost(_) => return Ok(ended),
         };
+        self.let_go_of_generation();
         self.regions.write_ended(how)?;
         Ok(ended)
     }
@@ -354,6 +424,8 @@ impl Supervisor {
     fn reboot(&mut self) -> Result<(), SupervisorError> {
         tracing::info!("{}: the guest asked for a reset", self.name);
         self.machine.pause()?;
+        // A kernel is loaded to any place.
+        self.machine.ram().bring_in().map_err(CaptureError::Memory)?;
         let mut machine = self.regions.assemble(Host::open()?, self.inboxes.wiring(&self.console))?;
         machine.boot()?;
         self.generations.machine_changes(&self.machine, &machine)?;
@@ -420,8 +492,14 @@ impl Supervisor {
             up_seconds: self.started.elapsed().as_secs(),
             report: self.machine.devices().report().latest(),
             paused: self.paused,
+            restoring: self.restoring_status(),
             generations: self.generations.status(),
         }
+    }
+
+    fn restoring_status(&self) -> Option<RestoringStatus> {
+        let status = self.regions.restore_under_way()?.status();
+        (status.present < status.clusters).then_some(status)
     }
 
     /// The power-fail signal. `None`: the VM runs on.
@@ -452,6 +530,8 @@ impl Supervisor {
                 }
                 report.holdup_left_ns = hold_up.left().map(nanoseconds);
                 answer(Response::Frozen(Box::new(report)));
+                // Not before: it is a hint, and that was a matter of time.
+                self.remember_working_set();
                 if self.power_comes_back(&hold_up)? {
                     drop(darkness);
                     self.thaw(Event::PowerBack)?;
@@ -543,9 +623,13 @@ impl std::fmt::Debug for Supervisor {
 }
 
 /// A machine that has its kernel loaded. If that fails the VM counts as ended, not as cut off.
-fn boot(regions: &mut VmRegions, wiring: Wiring) -> Result<Machine, SupervisorError> {
+fn boot(pool: &Path, regions: &mut VmRegions, wiring: Wiring) -> Result<Machine, SupervisorError> {
     let host = Host::open()?;
+    let before = regions.context().standing.restoring().filter(|restoring| restoring.unprotect).cloned();
     regions.prepare_to_boot()?;
+    if let Some(Ok(id)) = before.map(|restoring| restoring.generation.parse()) {
+        restoring::let_go(pool, regions.name(), regions.config(), &id);
+    }
     let booted = regions.assemble(host, wiring).map_err(SupervisorError::from).and_then(|mut machine| {
         machine.boot()?;
         Ok(machine)

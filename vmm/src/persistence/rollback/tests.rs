@@ -91,7 +91,7 @@ fn every_byte_becomes_the_generations_and_what_was_can_be_had_back() {
     let first = keep(&home.store, &regions, "one").unwrap().id;
     freeze(&mut regions, 2);
     let sequence = regions.context().sequence;
-    let restored = roll_back(&home.store, &mut regions, &first, false, &mut quiet).unwrap();
+    let restored = roll_back(&home.store, &mut regions, &first, false, &mut Pages::Now(&mut quiet)).unwrap();
     assert_eq!(seed_of(&regions, &[1, 2]), Some(1));
     assert_eq!(regions.context().sequence, sequence + 1);
     // It is on the medium, not in this process.
@@ -99,7 +99,7 @@ fn every_byte_becomes_the_generations_and_what_was_can_be_had_back() {
     let mut regions = VmRegions::open(&home.pool, "web").unwrap();
     assert_eq!(seed_of(&regions, &[1, 2]), Some(1));
     let kept = restored.kept.unwrap().id;
-    roll_back(&home.store, &mut regions, &kept, true, &mut quiet).unwrap();
+    roll_back(&home.store, &mut regions, &kept, true, &mut Pages::Now(&mut quiet)).unwrap();
     assert_eq!(seed_of(&regions, &[1, 2]), Some(2));
 }
 
@@ -111,7 +111,7 @@ fn what_the_vm_has_of_its_own_stays_its_own() {
     let mut config = regions.config().clone();
     (config.family, config.cmdline) = (Some("shop".to_owned()), "other".to_owned());
     regions.set_config(config);
-    roll_back(&home.store, &mut regions, &id, true, &mut quiet).unwrap();
+    roll_back(&home.store, &mut regions, &id, true, &mut Pages::Now(&mut quiet)).unwrap();
     assert_eq!((regions.config().family.as_deref(), regions.config().cmdline.as_str()), (Some("shop"), ""));
 }
 
@@ -123,12 +123,14 @@ fn a_cut_in_the_middle_of_a_restore_is_recovered_to_what_was_chosen() {
         let first = keep(&home.store, &regions, "one").unwrap().id;
         freeze(&mut regions, 2);
         let cut = &mut |done, _| assert!(done == 0, "the power is out");
-        let ended = catch_unwind(AssertUnwindSafe(|| roll_back(&home.store, &mut regions, &first, discard, cut)));
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            roll_back(&home.store, &mut regions, &first, discard, &mut Pages::Now(cut))
+        }));
         assert!(ended.is_err());
         drop(regions);
         let mut regions = VmRegions::open(&home.pool, "web").unwrap();
         assert!(assess(&regions).is_err(), "half a restore counts as whole");
-        let restored = recover(&home.store, &mut regions, &mut quiet).unwrap();
+        let restored = recover(&home.store, &mut regions, &mut Pages::Now(&mut quiet)).unwrap();
         // Where it was the newest already, it need not be made so.
         let chosen = if discard { Some(restored.generation.id) } else { restored.generation.parent };
         assert_eq!(chosen, Some(first));
@@ -145,7 +147,7 @@ fn a_store_that_is_busy_leaves_the_vm_as_it_was() {
     keep(&home.store, &regions, "two").unwrap();
     let writer = home.store.begin(NewGeneration::automatic("other", 1)).unwrap();
     for discard in [false, true] {
-        let refused = roll_back(&home.store, &mut regions, &first, discard, &mut quiet).unwrap_err();
+        let refused = roll_back(&home.store, &mut regions, &first, discard, &mut Pages::Now(&mut quiet)).unwrap_err();
         assert!(matches!(refused, RollbackError::Store(StoreError::Busy { .. })), "{refused}");
         assert_eq!(seed_of(&regions, &[1, 2]), Some(2));
     }
@@ -184,7 +186,7 @@ fn integrity_decides_whether_a_lost_page_stops_a_rollback() {
         let end = bytes.len();
         bytes[end - 100] ^= 1;
         std::fs::write(&pack, bytes).unwrap();
-        match (integrity, roll_back(&store, &mut regions, &id, true, &mut quiet)) {
+        match (integrity, roll_back(&store, &mut regions, &id, true, &mut Pages::Now(&mut quiet))) {
             (Integrity::Fail, Err(RollbackError::Store(StoreError::Damaged { .. }))) => {
                 assert_eq!(seed_of(&regions, &[1, 2]), Some(2));
             }
@@ -235,12 +237,12 @@ fn hostile_generations_are_refused_with_the_reason_and_passed_over_by_a_recovery
         ),
     ];
     for (id, why) in &forged {
-        let refused = roll_back(&home.store, &mut regions, id, true, &mut quiet).unwrap_err();
+        let refused = roll_back(&home.store, &mut regions, id, true, &mut Pages::Now(&mut quiet)).unwrap_err();
         assert!(refused.to_string().contains(why), "{id}: {refused}");
         assert_eq!(seed_of(&regions, &[1, 2]), Some(2), "{id}");
     }
     regions.clear_stamp().unwrap();
-    let restored = recover(&home.store, &mut regions, &mut quiet).unwrap();
+    let restored = recover(&home.store, &mut regions, &mut Pages::Now(&mut quiet)).unwrap();
     assert_eq!((restored.generation.label.as_deref(), restored.skipped.len()), (Some("good"), forged.len()));
     assert_eq!(seed_of(&regions, &[1, 2]), Some(1));
 }
@@ -250,10 +252,10 @@ fn where_nothing_can_be_used_each_reason_is_told_and_nothing_is_stamped() {
     let home = Home::new();
     let mut regions = home.frozen(1);
     regions.clear_stamp().unwrap();
-    let none = recover(&home.store, &mut regions, &mut quiet).unwrap_err();
+    let none = recover(&home.store, &mut regions, &mut Pages::Now(&mut quiet)).unwrap_err();
     assert!(matches!(none, RollbackError::Store(StoreError::EmptyLineage { .. })), "{none}");
     forge(&home, b"", MEMORY, false);
-    let refused = recover(&home.store, &mut regions, &mut quiet).unwrap_err();
+    let refused = recover(&home.store, &mut regions, &mut Pages::Now(&mut quiet)).unwrap_err();
     assert!(
         refused.to_string().contains("none of the 1 generations") && refused.to_string().contains("web@1"),
         "{refused}"

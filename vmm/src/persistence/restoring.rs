@@ -1,0 +1,370 @@
+//! A VM that runs while its memory is still being restored from a generation.
+//!
+//! ```text
+//!   rollback, recovery      a context that says: RAM is generation G, of whose clusters none is in the region yet; clean@N
+//!   resume                  a pager over the region: faults bring clusters from G, a prefetcher brings the others
+//!   freeze in the middle    the next context says which clusters are in the region (4 KiB at most); the resume after it goes on there
+//!   cut in the middle       RAM is not stamped: the newest generation is restored, as after any cut
+//!   a generation            its parent is G; what is not in the region yet is as in G, and so is not looked at
+//!   all is there            G is let go
+//! ```
+//!
+//! G is protected from being purged for as long as a VM needs it; the context says whether that protection is to be taken away again.
+//! Everything that a context says of a restore is taken for hostile, as G is.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use allocator::Region;
+use allocator::pager::{self, ClusterSource, Pager, PagerError, PagerEvent, PagerEvents, PagerStatus, SourceError};
+use serde::{Deserialize, Serialize};
+use snapshot::{GenerationId, Reader, Store, StoreError};
+
+use super::generations::{self, GenerationsError, REGION_RAM};
+use crate::machine::config::VmConfig;
+use crate::machine::dirty::PageSet;
+use crate::machine::memory::{HostMemory, PAGE_SIZE};
+
+/// How far RAM is restored, as a context says it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoringV1 {
+    /// The generation, as in `web@17`: what RAM is where the region does not have it.
+    pub generation: String,
+    /// Whether the generation was protected for this alone.
+    pub unprotect: bool,
+    /// Bytes that come at once.
+    pub cluster: u64,
+    /// Which clusters are in the region: a bit each, the lowest bit of the first byte first.
+    #[serde(with = "devices::base64_bytes")]
+    pub present: Vec<u8>,
+}
+
+/// Why memory cannot be restored while the VM runs.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoringError {
+    /// The context is nonsense.
+    #[error("what the context says of the restore that was under way is not possible: {0}")]
+    Invalid(String),
+    /// The store.
+    #[error("cannot go on restoring from generation {generation}")]
+    Generation {
+        /// Which.
+        generation: String,
+        /// Why not.
+        #[source]
+        source: StoreError,
+    },
+    /// The store cannot be had.
+    #[error(transparent)]
+    Open(#[from] GenerationsError),
+    /// There is no store.
+    #[error("the generations of VM {0} are gone, and its memory was still being restored from one")]
+    NoStore(String),
+    /// Filling RAM.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+}
+
+impl RestoringV1 {
+    /// Nothing of a region of `size` bytes is there yet.
+    #[must_use]
+    pub fn nothing_yet(generation: &GenerationId, unprotect: bool, size: u64) -> Self {
+        let cluster = pager::cluster_size(size);
+        Self {
+            generation: generation.to_string(),
+            unprotect,
+            cluster,
+            present: pack(&vec![false; count(size, cluster)]),
+        }
+    }
+
+    /// The generation, and which clusters of a region of `size` bytes are there.
+    ///
+    /// # Errors
+    /// [`RestoringError::Invalid`].
+    pub fn check(&self, size: u64) -> Result<(GenerationId, Vec<bool>), RestoringError> {
+        let invalid = |what: String| RestoringError::Invalid(what);
+        let id = self.generation.parse().map_err(|error: StoreError| invalid(error.to_string()))?;
+        if !pager::is_cluster_size(self.cluster, size) {
+            return Err(invalid(format!("clusters of {} bytes in a region of {size}", self.cluster)));
+        }
+        let clusters = count(size, self.cluster);
+        if self.present.len() != clusters.div_ceil(8) {
+            return Err(invalid(format!("{} bytes for {clusters} clusters", self.present.len())));
+        }
+        let bits = self.present.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1 == 1));
+        Ok((id, bits.take(clusters).collect()))
+    }
+
+    /// How many clusters are there, and how many there are in all; for reports, unchecked.
+    #[must_use]
+    pub fn progress(&self, size: u64) -> (u64, u64) {
+        let present = self.present.iter().map(|byte| u64::from(byte.count_ones())).sum();
+        (present, size.div_ceil(self.cluster.max(1)))
+    }
+}
+
+fn count(size: u64, cluster: u64) -> usize {
+    usize::try_from(size.div_ceil(cluster)).unwrap_or(usize::MAX)
+}
+
+fn pack(present: &[bool]) -> Vec<u8> {
+    let byte = |bits: &[bool]| bits.iter().rev().fold(0, |byte, bit| byte << 1 | u8::from(*bit));
+    present.chunks(8).map(byte).collect()
+}
+
+/// Which pages of a region are in clusters that are there.
+pub(super) fn pages_present(present: &[bool], cluster: u64, size: u64) -> PageSet {
+    let mut pages = PageSet::new(size.div_ceil(PAGE_SIZE));
+    let each = cluster / PAGE_SIZE;
+    for (index, _) in (0..).zip(present).filter(|(_, present)| **present) {
+        (index * each..(index + 1) * each).for_each(|page| pages.insert(page));
+    }
+    pages
+}
+
+/// A generation as a source of clusters.
+#[derive(Debug)]
+struct Clusters {
+    reader: Reader,
+    ram: usize,
+}
+
+impl ClusterSource for Clusters {
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<bool, SourceError> {
+        Ok(self.reader.read_run(self.ram, offset / PAGE_SIZE, bytes)? > 0)
+    }
+}
+
+/// The store that a VM's generations are in.
+pub(super) fn store(pool: &Path, name: &str, config: &VmConfig) -> Result<Store, RestoringError> {
+    let family = generations::family(config, name);
+    let store = generations::open_existing(pool, family, &config.generations)?;
+    store.ok_or_else(|| RestoringError::NoStore(name.to_owned()))
+}
+
+/// The restore of a running VM.
+#[derive(Debug)]
+pub struct Restoring {
+    id: GenerationId,
+    unprotect: bool,
+    /// All is there, and the generation is protected no longer for this.
+    done: Arc<AtomicBool>,
+    /// What was in the region when this process took it up.
+    before: Option<PageSet>,
+    pager: Arc<Pager>,
+}
+
+/// How a restore is to go on.
+#[derive(Clone)]
+pub struct Paging<'a> {
+    /// The pool.
+    pub pool: &'a Path,
+    /// Whether memory is fetched that nobody has asked for.
+    pub prefetch: bool,
+    /// Who is told.
+    pub events: PagerEvents,
+}
+
+impl Restoring {
+    /// Goes on with what a context says. The region is mapped; nothing of it is altered until something accesses it, but that clusters
+    /// come.
+    ///
+    /// # Errors
+    /// [`RestoringError`].
+    pub fn begin(
+        record: &RestoringV1,
+        name: &str,
+        config: &VmConfig,
+        ram: Arc<Region>,
+        paging: &Paging<'_>,
+    ) -> Result<Self, RestoringError> {
+        let size = ram.size();
+        let (id, present) = record.check(size)?;
+        let failed = |source| RestoringError::Generation { generation: id.to_string(), source };
+        let store = store(paging.pool, name, config)?;
+        if record.unprotect && !store.generation(&id).map_err(failed)?.protected {
+            // A cut came between the context and this.
+            store.protect(&id, true).map_err(failed)?;
+        }
+        let reader = store.reader(&id).map_err(failed)?;
+        let region = reader.region(REGION_RAM);
+        let held = region.and_then(|at| reader.regions().get(at).map(|region| region.size));
+        let (Some(at), true) = (region, held == Some(size)) else {
+            return Err(RestoringError::Invalid(format!("generation {id} is of another memory")));
+        };
+        let before = present.contains(&true).then(|| pages_present(&present, record.cluster, size));
+        let mut plan = pager::Plan {
+            cluster: record.cluster,
+            present,
+            source: Box::new(Clusters { reader, ram: at }),
+            prefetch: paging.prefetch.then(|| super::working_set::read(paging.pool, name, record.cluster)),
+            events: Arc::clone(&paging.events),
+        };
+        let done = Arc::new(AtomicBool::new(false));
+        if record.unprotect {
+            plan.events = releasing(store, id.clone(), plan.events, Arc::clone(&done));
+        }
+        let pager = Arc::new(Pager::start(ram, plan)?);
+        Ok(Self { id, unprotect: record.unprotect, done, before, pager })
+    }
+
+    /// The memory.
+    #[must_use]
+    pub fn pager(&self) -> &Arc<Pager> {
+        &self.pager
+    }
+
+    /// The generation.
+    #[must_use]
+    pub fn generation(&self) -> &GenerationId {
+        &self.id
+    }
+
+    /// The pages that may differ from the generation's since before this process: what a generation that builds on it must look at.
+    #[must_use]
+    pub fn changed_before(&self) -> Option<&PageSet> {
+        self.before.as_ref()
+    }
+
+    /// Whether the generation is still protected for this.
+    #[must_use]
+    pub fn holds_generation(&self) -> bool {
+        self.unprotect && !self.done.load(Ordering::SeqCst)
+    }
+
+    /// How far it is, for a context. `None`: nothing is left to be done. To be taken before the region is flushed.
+    #[must_use]
+    pub fn record(&self) -> Option<RestoringV1> {
+        // A generation that is still protected is let go by the next process, to which nothing else is left.
+        if self.pager.is_complete() && !self.holds_generation() {
+            return None;
+        }
+        let present = pack(&self.pager.present());
+        let (generation, cluster) = (self.id.to_string(), self.pager.cluster());
+        Some(RestoringV1 { generation, unprotect: self.unprotect, cluster, present })
+    }
+}
+
+/// Lets the generation go when all is there, before anyone is told; in the pager's thread, since it waits for the disk.
+fn releasing(store: Store, id: GenerationId, events: PagerEvents, done: Arc<AtomicBool>) -> PagerEvents {
+    Arc::new(move |event| {
+        if matches!(event, PagerEvent::Complete) {
+            match release(&store, &id) {
+                Ok(()) => done.store(true, Ordering::SeqCst),
+                Err(error) => tracing::warn!("generation {id} stays protected: {error}"),
+            }
+        }
+        events(event);
+    })
+}
+
+/// The generation is not needed any more: it is protected no longer, if this was why it was. What goes wrong is logged: the generation
+/// only stays for longer then.
+pub fn let_go(pool: &Path, name: &str, config: &VmConfig, id: &GenerationId) {
+    let failed = |source| RestoringError::Generation { generation: id.to_string(), source };
+    let released = store(pool, name, config).and_then(|store| release(&store, id).map_err(failed));
+    if let Err(error) = released {
+        tracing::warn!("{name}: generation {id} stays protected: {error}");
+    }
+}
+
+/// As [`let_go`], of a store that is open.
+pub(super) fn release(store: &Store, id: &GenerationId) -> Result<(), StoreError> {
+    store.refresh()?;
+    match store.generation(id) {
+        Ok(generation) if generation.protected => store.protect(id, false),
+        // It is gone, or unprotected: somebody wanted it so.
+        _ => Ok(()),
+    }
+}
+
+/// RAM that is being filled: what the VMM itself reads of it is brought in first, so that it never waits for a page that cannot be had.
+#[derive(Debug)]
+pub(super) struct PagedMemory(pub(super) Arc<Pager>);
+
+// SAFETY: the pager keeps its mapping, at a fixed address; pieces of it are replaced by the file they stand for, mapped readable and
+// writable, and no references are handed out. A piece that was refused is told by `bring_in`.
+unsafe impl HostMemory for PagedMemory {
+    fn as_ptr(&self) -> *mut u8 {
+        self.0.mapping().as_ptr()
+    }
+
+    fn len(&self) -> usize {
+        self.0.mapping().len()
+    }
+
+    fn bring_in(&self, offset: u64, length: u64) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.0.bring_in(offset, length)?)
+    }
+}
+
+/// How a restore fares, for [`crate::supervisor::control::Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoringStatus {
+    /// From which generation.
+    pub generation: String,
+    /// Bytes that come at once.
+    pub cluster: u64,
+    /// Clusters that are there.
+    pub present: u64,
+    /// Clusters in all.
+    pub clusters: u64,
+    /// Clusters that the guest had to wait for.
+    pub faults: u64,
+    /// Clusters that could not be had when they were fetched ahead: each stops the VM if its guest asks for it.
+    pub missing: u64,
+}
+
+impl Restoring {
+    /// How it fares.
+    #[must_use]
+    pub fn status(&self) -> RestoringStatus {
+        let PagerStatus { clusters, present, faults, missing } = self.pager.status();
+        let (generation, cluster) = (self.id.to_string(), self.pager.cluster());
+        RestoringStatus { generation, cluster, present, clusters, faults, missing }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn record(cluster: u64, present: Vec<u8>) -> RestoringV1 {
+        RestoringV1 { generation: "web@3".to_owned(), unprotect: true, cluster, present }
+    }
+
+    #[test]
+    fn nonsense_about_a_restore_is_refused() {
+        let size = 10 * (64 << 10);
+        assert!(record(64 << 10, vec![0, 0]).check(size).is_ok());
+        for (cluster, bytes) in [(0, 2), (1, 2), (3 << 16, 1), (64 << 10, 1), (64 << 10, 3), (u64::MAX, 2), (4096, 2)] {
+            assert!(record(cluster, vec![0xFF; bytes]).check(size).is_err(), "{cluster} {bytes}");
+        }
+        assert!(record(4096, vec![0; 1 << 17]).check(1 << 32).is_err(), "more clusters than can be mapped");
+        let nobody = RestoringV1 { generation: "nobody".to_owned(), ..record(64 << 10, vec![0, 0]) };
+        assert!(nobody.check(size).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn which_clusters_are_there_survives_a_context(present in proptest::collection::vec(any::<bool>(), 1..100)) {
+            let size = present.len() as u64 * (64 << 10) - 4096;
+            let written = record(64 << 10, pack(&present));
+            let json = serde_json::to_string(&written).unwrap();
+            let read: RestoringV1 = serde_json::from_str(&json).unwrap();
+            let (id, found) = read.check(size).unwrap();
+            prop_assert_eq!(id, GenerationId::new("web", 3));
+            prop_assert_eq!(&found, &present);
+            let there = present.iter().filter(|present| **present).count() as u64;
+            prop_assert_eq!(read.progress(size), (there, present.len() as u64));
+            let pages = pages_present(&present, 64 << 10, size);
+            for page in 0..size / 4096 {
+                prop_assert_eq!(pages.contains(page), present[(page / 16) as usize]);
+            }
+        }
+    }
+}
