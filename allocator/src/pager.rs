@@ -3,7 +3,7 @@
 //! ```text
 //!   guest, VMM ──(page fault)──► thread "faults" ─┐              ┌─► read from the source, verified
 //!                                                 ├─► fill once ─┼─► write to the region's file
-//!   bring_in() ───────────────────────────────────┤              └─► place it, wake who waits
+//!   bring_in() ───────────────────────────────────┤              └─► it is present: place it, wake who waits
 //!   thread "prefetch" (order given, then all) ────┘
 //! ```
 //!
@@ -242,7 +242,7 @@ impl Pager {
         }
         let last = offset.saturating_add(length - 1) / self.shared.cluster;
         let mut buffer = Vec::new();
-        (offset / self.shared.cluster..=last).try_for_each(|cluster| self.shared.fill(cluster, &mut buffer).map(drop))
+        (offset / self.shared.cluster..=last).try_for_each(|cluster| self.shared.fill(cluster, &mut buffer, false))
     }
 
     /// Whether all is there.
@@ -327,50 +327,56 @@ impl Shared {
     }
 
     fn serve_fault(&self, cluster: u64, buffer: &mut Vec<u8>) {
-        let served = self.fill(cluster, buffer).and_then(|filled| {
-            if filled {
-                let mut state = self.state();
-                state.status.faults += 1;
-                state.trace.extend(u32::try_from(cluster).ok());
-            }
-            // It may have been placed between the fault and its event.
-            Ok(self.region.place(&self.memory, cluster)?)
-        });
-        if let Err(error) = served {
+        if let Err(error) = self.fill(cluster, buffer, true) {
             // First told, then refused: what a vCPU says of the refusal is to come second.
             (self.events)(PagerEvent::Lost(error));
             let _ = self.memory.refuse(cluster);
         }
     }
 
-    /// Makes a cluster present, or waits until another thread has. Whether it was this one that did.
-    fn fill(&self, cluster: u64, buffer: &mut Vec<u8>) -> Result<bool, PagerError> {
+    /// Makes a cluster present and places it. If another thread is at it, that is waited for. `asked`: somebody waits for it.
+    fn fill(&self, cluster: u64, buffer: &mut Vec<u8>, asked: bool) -> Result<(), PagerError> {
         let index = usize::try_from(cluster).unwrap_or(usize::MAX);
+        if self.claim(index, asked) {
+            let read = self.read_into_region(cluster, buffer);
+            let mut state = self.state();
+            if let Some(entry) = state.clusters.get_mut(index) {
+                *entry = if read.is_ok() { Cluster::Present } else { Cluster::Absent };
+            }
+            state.status.present += u64::from(read.is_ok());
+            drop(state);
+            self.changed.notify_all();
+            read?;
+        }
+        // Not before it counts as present: from here on the guest may write to it, and whoever asks then what is present must be told of
+        // it. By now it may have been placed by another thread; between its fault and the event, say.
+        if cluster.saturating_mul(self.cluster) < self.region.size() {
+            self.region.place(&self.memory, cluster)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a cluster is this thread's to fill. If not, it is present, or there is no such cluster.
+    fn claim(&self, index: usize, asked: bool) -> bool {
         let mut state = self.state();
         loop {
             match state.clusters.get_mut(index) {
-                // Beyond the region, which has no pages to fault.
-                None | Some(Cluster::Present) => return Ok(false),
+                None | Some(Cluster::Present) => return false,
                 Some(Cluster::Filling) => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(absent) => {
                     *absent = Cluster::Filling;
-                    break;
+                    if asked {
+                        state.status.faults += 1;
+                        state.trace.extend(u32::try_from(index).ok());
+                    }
+                    return true;
                 }
             }
         }
-        drop(state);
-        let filled = self.read_and_place(cluster, buffer);
-        let mut state = self.state();
-        if let Some(entry) = state.clusters.get_mut(index) {
-            *entry = if filled.is_ok() { Cluster::Present } else { Cluster::Absent };
-        }
-        state.status.present += u64::from(filled.is_ok());
-        drop(state);
-        self.changed.notify_all();
-        filled.map(|()| true)
     }
 
-    fn read_and_place(&self, cluster: u64, buffer: &mut Vec<u8>) -> Result<(), PagerError> {
+    /// The region's file gets what belongs there.
+    fn read_into_region(&self, cluster: u64, buffer: &mut Vec<u8>) -> Result<(), PagerError> {
         let offset = cluster * self.cluster;
         let length = self.cluster.min(self.region.size().saturating_sub(offset));
         buffer.resize(usize::try_from(length).unwrap_or(0), 0);
@@ -384,7 +390,7 @@ impl Shared {
             self.region.write_at(buffer, offset)?;
             self.unflushed.fetch_add(length, Ordering::Relaxed);
         }
-        Ok(self.region.place(&self.memory, cluster)?)
+        Ok(())
     }
 
     fn prefetch(&self, order: &[u32]) {
@@ -403,7 +409,7 @@ impl Shared {
             if self.ended.load(Ordering::SeqCst) {
                 return;
             }
-            if let Err(error) = self.fill(cluster, &mut buffer) {
+            if let Err(error) = self.fill(cluster, &mut buffer, false) {
                 self.state().status.missing += 1;
                 if !std::mem::replace(&mut told, true) {
                     (self.events)(PagerEvent::Missing(error));

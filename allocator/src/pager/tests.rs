@@ -169,3 +169,16 @@ fn a_held_prefetcher_rests_while_faults_are_served() {
     drop(pager);
     assert!(home.events.try_recv().is_err());
 }
+
+#[test]
+fn whoever_sees_a_cluster_finds_it_among_those_that_are_present() {
+    for _ in 0..20 {
+        let home = Home::new(MediumKind::File);
+        let pager = home.pager(u64::MAX, vec![], Some(vec![]));
+        for cluster in (0..17_u64).rev() {
+            read(&pager, cluster * CLUSTER_MIN);
+            // A freeze would write this down, and lose what the guest has written there since, if it were not so.
+            assert!(pager.present()[cluster as usize], "{cluster}");
+        }
+    }
+}
