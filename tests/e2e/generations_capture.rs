@@ -246,3 +246,28 @@ fn a_full_disk_costs_generations_and_nothing_else_and_the_next_one_lacks_no_page
     assert!(ended.stderr.contains(healed["generation"].as_str().expect("an id")), "{}", ended.stderr);
     unbroken(&[&first, &ended.stdout]);
 }
+
+#[test]
+fn generations_are_whole_where_the_kernel_and_not_kvm_tells_what_was_written() {
+    for medium in crate::vm::MEDIA {
+        let perdure = Perdure::new();
+        let mut command = perdure.command(&[&RUN[..], &["--medium", medium]].concat());
+        let running = Running::start(command.env("PERDURE_DIRTY_TRACKING", "pagemap-scan"), "run web".to_owned());
+        running.wait_for("tick 20 ", LIMIT);
+        for number in 0..4 {
+            let report = snapshot(&perdure, &[]);
+            assert_eq!(report["full"], number == 0, "{report}");
+            let_tick(&running, 2);
+        }
+        running.signal(Signal::KILL);
+        let mut lives = vec![running.wait(LIMIT).stdout];
+        for generation in ["4", "2", "1", "3"] {
+            let running = perdure.spawn(&["resume", "web", "--generation", generation, "--discard"]);
+            let_tick(&running, 3);
+            running.signal(Signal::KILL);
+            lives.push(running.wait(LIMIT).stdout);
+        }
+        let lives: Vec<&str> = lives.iter().map(String::as_str).collect();
+        assert!(unbroken(&lives).rewound >= 3, "{medium}");
+    }
+}

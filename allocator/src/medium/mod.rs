@@ -26,6 +26,7 @@ pub mod nvdimm;
 pub mod on_demand;
 #[cfg(test)]
 mod tests;
+pub mod write_watch;
 
 /// The unit of mapping and of dirty tracking, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

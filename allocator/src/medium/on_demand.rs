@@ -23,7 +23,7 @@ use super::{Backing, Mapping, MediumKind, dax};
 /// The `_UFFD_API` of every kernel there is (`linux/userfaultfd.h`).
 const API: u64 = 0xAA;
 const IOCTL_API: libc::Ioctl = 0xc018_aa3fu32 as libc::Ioctl;
-const IOCTL_REGISTER: libc::Ioctl = 0xc020_aa00u32 as libc::Ioctl;
+pub(super) const IOCTL_REGISTER: libc::Ioctl = 0xc020_aa00u32 as libc::Ioctl;
 const IOCTL_WAKE: libc::Ioctl = 0x8010_aa02u32 as libc::Ioctl;
 /// `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`.
 const IOCTL_NEW: libc::Ioctl = 0xaa00u32 as libc::Ioctl;
@@ -45,17 +45,17 @@ struct UffdioApi {
 
 #[repr(C)]
 #[derive(Default)]
-struct UffdioRange {
-    start: u64,
-    length: u64,
+pub(super) struct UffdioRange {
+    pub(super) start: u64,
+    pub(super) length: u64,
 }
 
 #[repr(C)]
 #[derive(Default)]
-struct UffdioRegister {
-    range: UffdioRange,
-    mode: u64,
-    ioctls: u64,
+pub(super) struct UffdioRegister {
+    pub(super) range: UffdioRange,
+    pub(super) mode: u64,
+    pub(super) ioctls: u64,
 }
 
 /// A region's mapping, some clusters of which are placeholders.
@@ -78,6 +78,11 @@ pub fn available() -> io::Result<()> {
 }
 
 fn open() -> io::Result<File> {
+    open_with(0)
+}
+
+/// A userfaultfd with all of these features.
+pub(super) fn open_with(features: u64) -> io::Result<File> {
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
     // SAFETY: it makes a descriptor and touches no memory.
     let descriptor = match unsafe { rustix::mm::userfaultfd(flags) } {
@@ -85,7 +90,7 @@ fn open() -> io::Result<File> {
         Err(rustix::io::Errno::PERM) => open_device()?,
         Err(error) => return Err(error.into()),
     };
-    let mut api = UffdioApi { api: API, ..UffdioApi::default() };
+    let mut api = UffdioApi { api: API, features, ..UffdioApi::default() };
     control(descriptor.as_fd(), IOCTL_API, &mut api)?;
     Ok(File::from(descriptor))
 }
@@ -102,7 +107,7 @@ fn open_device() -> io::Result<OwnedFd> {
 }
 
 /// One userfaultfd call whose argument is a structure of the kernel's.
-fn control<T>(descriptor: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
+pub(super) fn control<T>(descriptor: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
     // SAFETY: each request above goes with the `repr(C)` structure that the kernel's header names for it, so that the kernel reads
     // and writes within `argument`. No request here maps or unmaps memory.
     let done = unsafe { libc::ioctl(descriptor.as_raw_fd(), request, std::ptr::from_mut(argument)) };

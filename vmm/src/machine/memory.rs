@@ -1,7 +1,8 @@
 //! Guest RAM: host memory, placed at guest physical addresses on both sides of the hole below 4 GiB.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use allocator::medium::write_watch::WriteWatch;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -10,7 +11,7 @@ use vm_memory::{
 
 use super::boot::layout;
 pub use super::boot::layout::PAGE_SIZE;
-use super::dirty::PageSet;
+use super::dirty::{PageSet, Witness};
 
 /// Host memory that a guest may be given.
 ///
@@ -25,6 +26,10 @@ pub unsafe trait HostMemory: Send + Sync + std::fmt::Debug {
     /// Whether there are none.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+    /// Whether the mappings that it consists of stay what they are.
+    fn is_fixed(&self) -> bool {
+        true
     }
     /// Makes sure that the VMM itself can access `length` bytes from `offset` on; waits for those that are not there yet.
     ///
@@ -116,6 +121,8 @@ pub struct GuestRam {
     memory: GuestMemory,
     ranges: Vec<RamRange>,
     host: Box<dyn HostMemory>,
+    witness: Witness,
+    watch: OnceLock<WriteWatch>,
 }
 
 impl GuestRam {
@@ -124,6 +131,15 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError`].
     pub fn place(host: Box<dyn HostMemory>) -> Result<Arc<Self>, MemoryError> {
+        Self::place_watched_by(host, Witness::chosen())
+    }
+
+    /// As [`GuestRam::place`], with a witness of the guest's writes of the caller's choice; memory whose mappings change has KVM's log in
+    /// any case.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn place_watched_by(host: Box<dyn HostMemory>, witness: Witness) -> Result<Arc<Self>, MemoryError> {
         let size = host.len() as u64;
         let (low, high) = layout::ram_ranges(size);
         let mut ranges = Vec::new();
@@ -138,7 +154,8 @@ impl GuestRam {
             offset += usize::try_from(length).map_err(|_| MemoryError::Place(size))?;
         }
         let memory = GuestMemory::from_regions(regions).map_err(|_| MemoryError::Place(size))?;
-        Ok(Arc::new(Self { memory, ranges, host }))
+        let witness = if host.is_fixed() { witness } else { Witness::KvmLog };
+        Ok(Arc::new(Self { memory, ranges, host, witness, watch: OnceLock::new() }))
     }
 
     /// Where the RAM lies.
@@ -189,6 +206,27 @@ impl GuestRam {
     /// [`MemoryError::Absent`].
     pub fn bring_in(&self) -> Result<(), MemoryError> {
         self.host.bring_in(0, self.pages() * PAGE_SIZE).map_err(MemoryError::Absent)
+    }
+
+    /// Who sees the guest's writes.
+    #[must_use]
+    pub fn witness(&self) -> Witness {
+        self.witness
+    }
+
+    /// Begins to watch all of it, whoever writes. Twice is once.
+    pub(super) fn watch(&self) -> std::io::Result<()> {
+        if self.watch.get().is_none() {
+            // Two at once cannot be: the kernel refuses the second.
+            let _ = self.watch.set(WriteWatch::start(self.host.as_ptr(), self.host.len())?);
+        }
+        Ok(())
+    }
+
+    /// Adds the pages that were written since the last call, or since [`GuestRam::watch`], whose watch this is.
+    pub(super) fn take_watched(&self, into: &mut PageSet) -> std::io::Result<()> {
+        let Some(watch) = self.watch.get() else { return Ok(()) };
+        watch.collect(&mut |run| run.for_each(|page| into.insert(page)))
     }
 
     /// Adds the pages that the VMM itself wrote since the last call; each is told once.

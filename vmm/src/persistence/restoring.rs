@@ -296,6 +296,10 @@ unsafe impl HostMemory for PagedMemory {
         self.0.mapping().len()
     }
 
+    fn is_fixed(&self) -> bool {
+        false
+    }
+
     fn bring_in(&self, offset: u64, length: u64) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         Ok(self.0.bring_in(offset, length)?)
     }
