@@ -66,6 +66,14 @@ fn standing(cpus: usize, mark: u8) -> Value {
     json!({ "is": "frozen", "machine": machine, "console": { "input": "", "output": "" } })
 }
 
+/// A context that says its memory is still to come from a generation.
+fn half_restored() -> Value {
+    let mut standing = standing(1, 3);
+    standing["restoring"] =
+        json!({ "generation": "web@1", "unprotect": false, "cluster": 65536, "present": "AAAAAAAAAAA=" });
+    standing
+}
+
 fn memory(regions: &VmRegions) -> Vec<u8> {
     let mut bytes = vec![0; MEMORY as usize];
     regions.ram().read_at(&mut bytes, 0).unwrap();
@@ -224,6 +232,7 @@ fn hostile_generations_are_refused_with_the_reason_and_passed_over_by_a_recovery
         (forge(&home, &good, MEMORY, true), "region disk"),
         (forge(&home, &context(config(&|_| ()), standing(0, 3)), MEMORY, false), "vCPUs"),
         (forge(&home, &context(config(&|_| ()), json!({ "is": "created" })), MEMORY, false), "not running"),
+        (forge(&home, &context(config(&|_| ()), half_restored()), MEMORY, false), "memory is elsewhere"),
         (forge(&home, &context(config(&|config| config.cpus = 0), standing(0, 3)), MEMORY, false), "describes no VM"),
         (forge(&home, &context(config(&|config| config.cpus = 2), standing(2, 3)), MEMORY, false), "CPUs"),
         (
@@ -245,6 +254,38 @@ fn hostile_generations_are_refused_with_the_reason_and_passed_over_by_a_recovery
     let restored = recover(&home.store, &mut regions, &mut Pages::Now(&mut quiet)).unwrap();
     assert_eq!((restored.generation.label.as_deref(), restored.skipped.len()), (Some("good"), forged.len()));
     assert_eq!(seed_of(&regions, &[1, 2]), Some(1));
+}
+
+#[test]
+fn what_is_kept_of_a_half_restored_vm_is_the_generation_but_for_what_is_there() {
+    let home = Home::new();
+    let mut regions = home.frozen(1);
+    let first = keep(&home.store, &regions, "one").unwrap().id;
+    freeze(&mut regions, 2);
+    roll_back(&home.store, &mut regions, &first, true, &mut Pages::Later).unwrap();
+    assert!(home.store.generation(&first).unwrap().protected);
+    assert_eq!(memory(&regions), vec![0; MEMORY as usize], "nothing has come yet");
+    // As a freeze in the middle leaves it: two clusters came, and one of them was written to.
+    let mut wanted = image(1);
+    wanted[5 * 65536 + 7] ^= 0xFF;
+    for cluster in [0, 5] {
+        let range = cluster * 65536..(cluster + 1) * 65536;
+        regions.ram().write_at(&wanted[range.clone()], range.start as u64).unwrap();
+    }
+    let mut context = regions.context().clone();
+    context.sequence = regions.next_sequence();
+    let Standing::Frozen(frozen) = &mut context.standing else { panic!("{context:?}") };
+    let record = frozen.restoring.as_mut().unwrap();
+    assert_eq!((record.progress(MEMORY), record.unprotect), ((0, 64), true));
+    record.present[0] = 0b10_0001;
+    regions.adopt(context).unwrap();
+
+    let kept = keep(&home.store, &regions, "half").unwrap().id;
+    let restored = roll_back(&home.store, &mut regions, &kept, true, &mut Pages::Now(&mut quiet)).unwrap();
+    assert_eq!(restored.generation.id, kept);
+    assert!(memory(&regions) == wanted, "a page is not what it was");
+    assert!(regions.context().standing.restoring().is_none());
+    assert!(!home.store.generation(&first).unwrap().protected, "nothing needs it any more");
 }
 
 #[test]
