@@ -21,8 +21,8 @@
 //!   its commit is one slot appended to the ledger after everything it needs is durable.
 //!   So that a restore never reads much more than it wants, however many generations came before, a writer keeps its generation
 //!   together ([`Options::spread`]).
-//! * [`Reader`] restores: any page or run of pages at once and verified ([`Reader::read_page`], [`Reader::read_run`]), or whole regions in the order in which
-//!   they lie on the disk ([`Reader::restore_region`]).
+//! * [`Reader`] restores: any page or run of pages at once and verified ([`Reader::read_page`], [`Reader::read_run`]), or whole regions
+//!   in the order in which they lie on the disk ([`Reader::restore_region`]).
 //! * [`RetentionPolicy`] decides, as a pure function, what stays; [`Store::purge`] and [`Store::sweep`] do it.
 //! * [`Store::scrub`] reads everything and says what is damaged and whom it hurts; [`Store::repair`] heals what has a good copy.
 //! * [`Store::newest_verified`] is what a recovery asks for; [`Store::diff`], [`Store::export`], [`Store::import`].
