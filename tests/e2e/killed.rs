@@ -64,7 +64,7 @@ fn the_pool_is_sound(perdure: &Perdure) {
 fn a_run_that_is_killed_while_it_makes_its_vm_leaves_a_sound_pool_and_a_vm_that_can_be_started_or_none() {
     let mut random = Random::new();
     let perdure = Perdure::new();
-    perdure.run(&["list"]).expect_code(0);
+    perdure.run(&["run", "--guest", "counter", "--memory", "8M", "--cmdline", "ticks=1"]).expect_code(0);
     for round in 0..30 {
         let name = format!("half-{round}");
         let medium = random.choose(&MEDIA);

@@ -69,7 +69,7 @@ fn what_was_never_frozen_is_not_resumed() {
 #[test]
 fn a_vm_that_is_not_there_is_named_and_list_is_recommended() {
     let perdure = Perdure::new();
-    perdure.run(&["list"]).expect_code(0);
+    perdure.run(&["run", "--guest", "counter", "--memory", "8M", "--cmdline", "ticks=1"]).expect_code(0);
     for verb in ["resume", "powerfail", "powerback", "inspect", "console", "stop", "remove"] {
         let ended = perdure.run(&[verb, "nobody"]).expect_code(1);
         assert!(
