@@ -60,6 +60,7 @@ mod retention;
 mod run;
 mod scrub;
 mod store;
+mod stream;
 mod sweep;
 mod transfer;
 mod writer;

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::codec::Codec;
 use crate::error::StoreError;
@@ -12,9 +12,10 @@ use crate::frame::Malformed;
 use crate::generation::{PAGE_SIZE, Page, pages_of};
 use crate::hash::Hash;
 use crate::node::{Entry, FANOUT, Link, ManifestRegion};
-use crate::pack::{PackFile, coalesce, hull};
+use crate::pack::PackFile;
 use crate::reader::Reader;
 use crate::store::{Integrity, Store};
+use crate::stream::{Read, Source};
 
 /// Leaves planned at a time: up to 4 GiB of pages, some 70 MiB of plan.
 const WINDOW: usize = (1 << 20) / FANOUT;
@@ -166,48 +167,26 @@ impl Reader {
 
 impl Work<'_> {
     fn run(&self, jobs: &[Job], progress: &mut dyn FnMut(u64)) {
-        let reads = coalesce(jobs, |job| job.link().place());
-        let next = AtomicUsize::new(0);
-        let threads = self.reader.store.readers(reads.len());
-        // Some read while others verify.
-        let take = |buffer: &mut Vec<u8>| {
-            let read =
-                reads.get(next.fetch_add(1, Ordering::Relaxed)).filter(|_| !self.stop.load(Ordering::Relaxed))?;
-            let jobs = &jobs[read.clone()];
-            self.fetch(jobs, buffer);
-            Some(jobs)
+        let source = Source {
+            packs: &self.reader.store.inner.packs,
+            file: PackFile::Data,
+            sorted: jobs,
+            place: |job: &Job| job.link().place(),
+            stop: &self.stop,
         };
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|| {
-                    let mut buffer = Vec::new();
-                    while let Some(jobs) = take(&mut buffer) {
-                        self.hand_out(jobs, &buffer);
-                    }
-                });
-            }
-            let mut buffer = Vec::new();
-            while let Some(jobs) = take(&mut buffer) {
-                self.hand_out(jobs, &buffer);
-                progress(self.pages.load(Ordering::Relaxed));
-            }
+        // What cannot be read fails its checksum, and is tried again page by page.
+        let verify = |read: Read<'_, Job>| {
+            self.bytes.fetch_add(read.count.unwrap_or(0) as u64, Ordering::Relaxed);
+            self.hand_out(read.items, read.bytes);
+        };
+        source.stream(self.reader.store.inner.options.threads, &verify, &mut || {
+            progress(self.pages.load(Ordering::Relaxed));
         });
     }
 
     fn fail(&self, error: StoreError) {
         self.stop.store(true, Ordering::Relaxed);
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-    }
-
-    /// One read.
-    fn fetch(&self, jobs: &[Job], buffer: &mut Vec<u8>) {
-        let place = hull(jobs.iter().map(|job| job.link().place()));
-        // What cannot be read fails its checksum below, and is tried again page by page.
-        let count = self.reader.store.inner.packs.read_place(PackFile::Data, place, buffer).unwrap_or_else(|_| {
-            buffer.fill(0);
-            0
-        });
-        self.bytes.fetch_add(count as u64, Ordering::Relaxed);
     }
 
     /// The pages of one read, verified, and handed on in runs.

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::codec::Codec;
@@ -15,9 +15,10 @@ use crate::impact;
 use crate::ledger::{FILES, State};
 use crate::mark::{in_order, manifest_children};
 use crate::node::{Link, Node, NodeRef};
-use crate::pack::{BLOCK, MIRRORS, PackFile, check_header, coalesce, hull};
+use crate::pack::{BLOCK, MIRRORS, PackFile, check_header};
 use crate::record::SLOT;
 use crate::store::Store;
+use crate::stream::{Read, Source};
 
 /// Copies of pages gathered before they are sorted and read: bounds the memory of a scrub to some 200 MiB.
 const BATCH: usize = 4 << 20;
@@ -199,36 +200,25 @@ impl Store {
         // One place with two meanings is checked for both.
         copies.dedup();
         findings.packs.extend(copies.iter().map(|(link, _)| (PackFile::Data, link.pack)));
-        let reads = coalesce(&copies, |(link, _)| link.place());
-        let next = AtomicUsize::new(0);
         let (bytes, pages) = (AtomicU64::new(0), AtomicU64::new(0));
         let bad: Mutex<Vec<BadPage>> = Mutex::default();
-        // Some read while others verify.
-        let work = |buffer: &mut Vec<u8>| -> bool {
-            let Some(read) = reads.get(next.fetch_add(1, Ordering::Relaxed)) else { return false };
-            let copies = &copies[read.clone()];
-            let place = hull(copies.iter().map(|(link, _)| link.place()));
-            let whole = self.inner.packs.read_place(PackFile::Data, place, buffer).is_ok();
-            let found = self.check_read(copies, buffer, whole);
-            let count = place.end - place.start;
-            bytes.fetch_add(count, Ordering::Relaxed);
-            pages.fetch_add(read.len() as u64, Ordering::Relaxed);
+        let source = Source {
+            packs: &self.inner.packs,
+            file: PackFile::Data,
+            sorted: &copies,
+            place: |(link, _): &(Link, Hash)| link.place(),
+            stop: &AtomicBool::new(false),
+        };
+        let verify = |read: Read<'_, (Link, Hash)>| {
+            let found = self.check_read(read.items, read.bytes, read.count.is_some());
+            bytes.fetch_add(read.bytes.len() as u64, Ordering::Relaxed);
+            pages.fetch_add(read.items.len() as u64, Ordering::Relaxed);
             bad.lock().unwrap_or_else(PoisonError::into_inner).extend(found);
-            true
         };
         let before = findings.verified;
-        std::thread::scope(|scope| {
-            for _ in 1..self.readers(reads.len()) {
-                scope.spawn(|| {
-                    let mut buffer = Vec::new();
-                    while work(&mut buffer) {}
-                });
-            }
-            let mut buffer = Vec::new();
-            while work(&mut buffer) {
-                let (bytes, pages) = (bytes.load(Ordering::Relaxed), pages.load(Ordering::Relaxed));
-                progress(Progress { nodes: before.nodes, pages: before.pages + pages, bytes: before.bytes + bytes });
-            }
+        source.stream(self.inner.options.threads, &verify, &mut || {
+            let (bytes, pages) = (bytes.load(Ordering::Relaxed), pages.load(Ordering::Relaxed));
+            progress(Progress { nodes: before.nodes, pages: before.pages + pages, bytes: before.bytes + bytes });
         });
         findings.verified.pages += pages.into_inner();
         findings.verified.bytes += bytes.into_inner();

@@ -17,7 +17,7 @@ use crate::error::StoreError;
 use crate::generation::{Generation, GenerationId, PAGE_SIZE, check_label};
 use crate::layout::Layout;
 use crate::ledger::{Ledger, State};
-use crate::pack::{Packs, readers, sync_dir};
+use crate::pack::{Packs, sync_dir};
 use crate::record::{PURGE_MAX, Record};
 use crate::retention::{Candidate, Reason, RetentionPolicy, Verdict};
 use crate::sweep::Swept;
@@ -246,11 +246,6 @@ impl Store {
     /// From now on this handle refuses to write: nobody knows what a failed sync left.
     pub(crate) fn poison(&self) {
         self.inner.poisoned.store(true, Ordering::Release);
-    }
-
-    /// How many threads read and verify, where there are `reads` to do: more than verify at once, so that the disk is never idle.
-    pub(crate) fn readers(&self, reads: usize) -> usize {
-        readers(self.inner.options.threads, reads)
     }
 
     pub(crate) fn layout(&self) -> MutexGuard<'_, Option<Layout>> {
