@@ -1,13 +1,14 @@
 //! Nodes by the thousand. An old archive has those of one generation lie anywhere in its packs, and a node is small: fetched one
-//! after the other they cost a seek each, so they are read in the order in which they lie, several reads at once.
+//! after the other they cost a seek each, so they are read in the order in which they lie.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::archive::{Archive, LeafNode, wrong_kind};
 use crate::error::StoreError;
 use crate::node::{ManifestRegion, Node, NodeRef, capacity, verify};
-use crate::pack::{MIRRORS, coalesce, hull, readers};
+use crate::pack::{MIRRORS, PackFile};
+use crate::stream::{Read, Source};
 
 /// A leaf of a region: its first page, and where it lies.
 pub(crate) type LeafRef = (u64, NodeRef);
@@ -61,7 +62,7 @@ impl Archive {
             .map(|(index, (_, node))| (index, *node))
             .collect();
         missing.sort_unstable_by_key(|(_, node)| (node.pack, node.unit));
-        for (index, node) in self.read_in_order(&missing, threads) {
+        for (index, node) in self.read_in_order(MIRRORS[0], &missing, threads) {
             found[index] = Some(node);
         }
         // What the first mirror does not have whole is fetched alone, from either.
@@ -69,33 +70,32 @@ impl Archive {
         found.into_iter().zip(wanted).map(fetch).collect()
     }
 
-    /// Those of `sorted` nodes that the first mirror has whole.
-    fn read_in_order(&self, sorted: &[(usize, NodeRef)], threads: usize) -> Vec<(usize, Arc<Node>)> {
-        let reads = coalesce(sorted, |(_, node)| node.place());
-        let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(sorted.len())));
-        let work = || {
-            let mut buffer = Vec::new();
-            while let Some(read) = reads.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let nodes = &sorted[read.clone()];
-                let place = hull(nodes.iter().map(|(_, node)| node.place()));
-                if self.packs().read_place(MIRRORS[0], place, &mut buffer).is_err() {
-                    continue;
-                }
-                let whole = nodes.iter().filter_map(|(index, node)| {
-                    let start = (node.offset() - place.start) as usize;
-                    let node = verify(node, &buffer[start..start + node.length as usize]).ok()?;
-                    Some((*index, Arc::new(node)))
-                });
-                let whole: Vec<_> = whole.collect();
-                found.lock().unwrap_or_else(PoisonError::into_inner).extend(whole);
-            }
+    /// Those of `sorted` nodes that a mirror has whole.
+    pub(crate) fn read_in_order(
+        &self,
+        mirror: PackFile,
+        sorted: &[(usize, NodeRef)],
+        threads: usize,
+    ) -> Vec<(usize, Arc<Node>)> {
+        let found = Mutex::new(Vec::with_capacity(sorted.len()));
+        let source = Source {
+            packs: self.packs(),
+            file: mirror,
+            sorted,
+            place: |(_, node): &(usize, NodeRef)| node.place(),
+            stop: &AtomicBool::new(false),
         };
-        std::thread::scope(|scope| {
-            for _ in 1..readers(threads, reads.len()) {
-                scope.spawn(work);
-            }
-            work();
-        });
+        let check = |read: Read<'_, (usize, NodeRef)>| {
+            let start = read.items.first().map_or(0, |(_, node)| node.offset());
+            let whole = read.items.iter().filter_map(|(index, node)| {
+                let at = (node.offset() - start) as usize;
+                let node = verify(node, &read.bytes[at..at + node.length as usize]).ok()?;
+                Some((*index, Arc::new(node)))
+            });
+            let whole: Vec<_> = whole.collect();
+            found.lock().unwrap_or_else(PoisonError::into_inner).extend(whole);
+        };
+        source.stream(threads, &check, &mut || ());
         found.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 }

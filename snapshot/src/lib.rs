@@ -50,6 +50,7 @@ mod ledger;
 mod mark;
 mod node;
 mod pack;
+mod place;
 mod radix;
 mod reader;
 mod record;

@@ -7,7 +7,7 @@ use crate::codec::Codec;
 use crate::frame::{Append, Fields, Malformed};
 use crate::generation::{BLOB_MAX, BLOBS_MAX, KIND_MAX, NAME_MAX, PAGE_SIZE, REGION_MAX, REGIONS_MAX};
 use crate::hash::Hash;
-use crate::pack::Place;
+use crate::place::Place;
 
 /// Children of an inner node, and pages under a leaf.
 pub(crate) const FANOUT: usize = 32;

@@ -6,7 +6,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -16,6 +15,7 @@ use vfs::{EntryKind, OpenMode, Vfs, VfsFile};
 use crate::error::StoreError;
 use crate::frame::{Append, Fields, Malformed, crc};
 use crate::hash::Hash;
+use crate::place::Place;
 use crate::record::PackEnd;
 
 /// Bytes of a pack's header; also what the ends of packs are rounded up to, so that no disk block that holds something
@@ -100,57 +100,6 @@ pub(crate) struct Listing {
     pub(crate) packs: Vec<(PackFile, u32)>,
     /// Files that are no packs.
     pub(crate) strays: Vec<String>,
-}
-
-/// Most bytes of one read.
-const READ_MAX: u64 = 2 << 20;
-/// Bytes that are nobody's and are read all the same, since a gap costs less than a read.
-const GAP_MAX: u64 = 32 << 10;
-
-/// Reads under way for each thread that verifies: while it does, the disk must not be idle.
-const READS_A_THREAD: usize = 2;
-
-/// Which bytes of a pack something takes up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Place {
-    pub(crate) pack: u32,
-    pub(crate) start: u64,
-    pub(crate) end: u64,
-}
-
-/// Cuts things, sorted by where they lie, into reads.
-pub(crate) fn coalesce<T>(sorted: &[T], place: impl Fn(&T) -> Place) -> Vec<Range<usize>> {
-    let mut reads: Vec<Range<usize>> = Vec::new();
-    let mut read = Place { pack: 0, start: 0, end: 0 };
-    for (index, item) in sorted.iter().enumerate() {
-        let place = place(item);
-        let end = place.end.max(read.end);
-        match reads.last_mut() {
-            Some(last)
-                if read.pack == place.pack && place.start <= read.end + GAP_MAX && end - read.start <= READ_MAX =>
-            {
-                last.end = index + 1;
-                read.end = end;
-            }
-            _ => {
-                reads.push(index..index + 1);
-                read = place;
-            }
-        }
-    }
-    reads
-}
-
-/// How many threads are to do `reads`, where `threads` may compute.
-pub(crate) fn readers(threads: usize, reads: usize) -> usize {
-    if threads < 2 { 1 } else { (threads * READS_A_THREAD).min(reads.max(1)) }
-}
-
-/// The bytes from the first to the last of things that lie in one pack.
-pub(crate) fn hull(places: impl IntoIterator<Item = Place>) -> Place {
-    let mut places = places.into_iter();
-    let first = places.next().unwrap_or(Place { pack: 0, start: 0, end: 0 });
-    places.fold(first, |hull, place| Place { start: hull.start.min(place.start), end: hull.end.max(place.end), ..hull })
 }
 
 /// The pack directory of a store.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::codec::Codec;
 use crate::diff::PageRange;
@@ -22,6 +22,9 @@ use crate::stream::{Read, Source};
 
 /// Copies of pages gathered before they are sorted and read: bounds the memory of a scrub to some 200 MiB.
 const BATCH: usize = 4 << 20;
+
+/// Nodes read at a time: some 16 MiB.
+const NODES: usize = 4096;
 
 /// How far a scrub is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -147,16 +150,16 @@ impl Store {
         let mut findings = Findings::default();
         let mut frontier: Vec<NodeRef> = state.newest_first().iter().map(|committed| committed.manifest).collect();
         while !frontier.is_empty() {
-            for node in in_order(std::mem::take(&mut frontier)) {
-                if findings.seen.insert((node.pack, node.unit)) {
-                    self.check_tree_node(&node, &mut findings, &mut frontier);
+            let mut level = in_order(std::mem::take(&mut frontier));
+            level.retain(|node| findings.seen.insert((node.pack, node.unit)));
+            for nodes in level.chunks(NODES) {
+                for node in self.check_nodes(nodes, &mut findings) {
+                    note_children(&node, &mut findings, &mut frontier);
                 }
                 if findings.gathered.len() >= BATCH {
                     self.check_pages(&mut findings, progress);
                 }
-                if findings.verified.nodes % 1024 == 0 {
-                    progress(findings.verified);
-                }
+                progress(findings.verified);
             }
         }
         self.check_pages(&mut findings, progress);
@@ -165,32 +168,28 @@ impl Store {
         findings
     }
 
-    /// Verifies a node, and notes what it refers to.
-    fn check_tree_node(&self, node: &NodeRef, findings: &mut Findings, next: &mut Vec<NodeRef>) {
-        match self.check_node(node, findings) {
-            Some(Node::Leaf(leaf)) => {
-                let copies = leaf.iter().flatten().flat_map(|entry| entry.links().map(|link| (link, entry.hash)));
-                findings.gathered.extend(copies);
-            }
-            Some(Node::Inner { children, .. }) => next.extend(children.iter().flatten()),
-            Some(Node::Manifest(manifest)) => next.extend(manifest_children(&manifest)),
-            Some(Node::Blob(_)) | None => {}
-        }
-    }
-
-    /// Verifies a node in both mirrors; returns it from one that is good.
-    fn check_node(&self, node: &NodeRef, findings: &mut Findings) -> Option<Node> {
-        let mut good = None;
+    /// Verifies nodes, which are sorted, in both mirrors; returns those of which one is good.
+    fn check_nodes(&self, nodes: &[NodeRef], findings: &mut Findings) -> Vec<Arc<Node>> {
+        let archive = &self.inner.archive;
+        let sorted: Vec<(usize, NodeRef)> = nodes.iter().copied().enumerate().collect();
+        let mut good: Vec<Option<Arc<Node>>> = vec![None; nodes.len()];
         for mirror in MIRRORS {
-            findings.packs.insert((*mirror, node.pack));
-            match self.inner.archive.fetch_from(*mirror, node) {
-                Ok(found) => good = Some(found),
-                Err(why) => findings.nodes.push(BadNode { mirror: *mirror, node: *node, why }),
+            findings.packs.extend(nodes.iter().map(|node| (*mirror, node.pack)));
+            let mut here: Vec<Option<Arc<Node>>> = vec![None; nodes.len()];
+            for (index, node) in archive.read_in_order(*mirror, &sorted, self.inner.options.threads) {
+                here[index] = Some(node);
             }
-            findings.verified.bytes += u64::from(node.length);
+            for ((node, here), good) in nodes.iter().zip(here).zip(&mut good) {
+                // Once more alone: it may be a neighbour that cannot be read, or a file that was replaced.
+                match here.map_or_else(|| archive.fetch_from(*mirror, node).map(Arc::new), Ok) {
+                    Ok(found) => *good = Some(found),
+                    Err(why) => findings.nodes.push(BadNode { mirror: *mirror, node: *node, why }),
+                }
+                findings.verified.bytes += u64::from(node.length);
+            }
         }
-        findings.verified.nodes += 1;
-        good
+        findings.verified.nodes += nodes.len() as u64;
+        good.into_iter().flatten().collect()
     }
 
     /// Verifies what was gathered, in the order in which it lies.
@@ -298,6 +297,19 @@ impl Store {
         }
         report.lost = needed.lost;
         report
+    }
+}
+
+/// Notes what a node refers to.
+fn note_children(node: &Node, findings: &mut Findings, next: &mut Vec<NodeRef>) {
+    match node {
+        Node::Leaf(leaf) => {
+            let copies = leaf.iter().flatten().flat_map(|entry| entry.links().map(|link| (link, entry.hash)));
+            findings.gathered.extend(copies);
+        }
+        Node::Inner { children, .. } => next.extend(children.iter().flatten()),
+        Node::Manifest(manifest) => next.extend(manifest_children(manifest)),
+        Node::Blob(_) => {}
     }
 }
 

@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 
-use crate::pack::{PackFile, Packs, Place, coalesce, hull};
+use crate::pack::{PackFile, Packs};
+use crate::place::{Place, coalesce, hull};
 
 /// Reads that wait for each thread that verifies.
 const WAITING: usize = 2;
