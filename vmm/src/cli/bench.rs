@@ -156,24 +156,16 @@ fn freeze(parent: &Path, args: &FreezeArgs) -> anyhow::Result<()> {
             results.push(freeze::measure(&pool, shape, *dirty, args.common.runs as usize)?);
         }
     }
-    if args.common.json {
-        return output::json(&Results { conditions, results });
-    }
-    let rows: Vec<_> = results
-        .iter()
-        .map(|result| {
-            let mut row = shape_cells(&result.shape);
-            row.push(result.dirty.to_string());
-            row.extend(p50_p99(&result.own));
-            row.extend(p50_p99(&result.flush));
-            row.extend(p50_p99(&result.total));
-            row
-        })
-        .collect();
+    let cells = |result: &freeze::FreezeResult| {
+        let mut row = shape_cells(&result.shape);
+        row.push(result.dirty.to_string());
+        row.extend(p50_p99(&result.own));
+        row.extend(p50_p99(&result.flush));
+        row.extend(p50_p99(&result.total));
+        row
+    };
     let headings = ["MEDIUM", "CPUS", "MEMORY", "DIRTY", "OWN P50", "P99", "FLUSH P50", "P99", "TOTAL P50", "P99"];
-    output::table(&headings, &rows);
-    tell(&conditions);
-    Ok(())
+    present(conditions, results, args.common.json, &headings, cells)
 }
 
 fn snapshot(parent: &Path, args: &SnapshotArgs) -> anyhow::Result<()> {
@@ -190,26 +182,18 @@ fn snapshot(parent: &Path, args: &SnapshotArgs) -> anyhow::Result<()> {
             results.push(snapshot::measure(&pool, shape, *dirty, runs as usize)?);
         }
     }
-    if json {
-        return output::json(&Results { conditions, results });
-    }
-    let rows: Vec<_> = results
-        .iter()
-        .map(|result| {
-            let mut row = shape_cells(&result.shape);
-            row.extend([result.dirty.to_string(), output::time(result.first.pause_ns)]);
-            row.push(result.pages.to_string());
-            row.extend(p50_p99(&result.pause));
-            row.extend(p50_p99(&result.store));
-            row.push(output::bytes(result.bytes_stored));
-            row
-        })
-        .collect();
+    let cells = |result: &snapshot::SnapshotResult| {
+        let mut row = shape_cells(&result.shape);
+        row.extend([result.dirty.to_string(), output::time(result.first.pause_ns)]);
+        row.push(result.pages.to_string());
+        row.extend(p50_p99(&result.pause));
+        row.extend(p50_p99(&result.store));
+        row.push(output::bytes(result.bytes_stored));
+        row
+    };
     let headings =
         ["MEDIUM", "CPUS", "MEMORY", "DIRTY", "FIRST", "PAGES", "PAUSE P50", "P99", "STORE P50", "P99", "STORED"];
-    output::table(&headings, &rows);
-    tell(&conditions);
-    Ok(())
+    present(conditions, results, json, &headings, cells)
 }
 
 fn slowdowns(
@@ -227,22 +211,14 @@ fn slowdowns(
             results.push(snapshot::slowdown(pool, shape, *dirty, EVERY, length)?);
         }
     }
-    if common.json {
-        return output::json(&Results { conditions, results });
-    }
-    let rows: Vec<_> = results
-        .iter()
-        .map(|result| {
-            let mut row = shape_cells(&result.shape);
-            row.extend([result.dirty.to_string(), result.generations.to_string()]);
-            row.extend([result.without.to_string(), result.with.to_string(), format!("{:.1} %", result.per_cent)]);
-            row
-        })
-        .collect();
+    let cells = |result: &snapshot::Slowdown| {
+        let mut row = shape_cells(&result.shape);
+        row.extend([result.dirty.to_string(), result.generations.to_string()]);
+        row.extend([result.without.to_string(), result.with.to_string(), format!("{:.1} %", result.per_cent)]);
+        row
+    };
     let headings = ["MEDIUM", "CPUS", "MEMORY", "DIRTY", "GENERATIONS", "PAGES/S WITHOUT", "WITH", "SLOWDOWN"];
-    output::table(&headings, &rows);
-    tell(&conditions);
-    Ok(())
+    present(conditions, results, common.json, &headings, cells)
 }
 
 fn resume(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
@@ -252,24 +228,16 @@ fn resume(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
         progress(&args.common, "resume", &shape);
         results.push(resume::measure(&pool, shape, args.common.runs as usize)?);
     }
-    if args.common.json {
-        return output::json(&Results { conditions, results });
-    }
-    let rows: Vec<_> = results
-        .iter()
-        .map(|result| {
-            let mut row = shape_cells(&result.shape);
-            row.extend(p50_p99(&result.resume));
-            row.extend(p50_p99(&result.cold_start));
-            row.extend(p50_p99(&result.first_start));
-            row.push(output::bytes(result.vmm_pss_bytes));
-            row
-        })
-        .collect();
+    let cells = |result: &resume::ResumeResult| {
+        let mut row = shape_cells(&result.shape);
+        row.extend(p50_p99(&result.resume));
+        row.extend(p50_p99(&result.cold_start));
+        row.extend(p50_p99(&result.first_start));
+        row.push(output::bytes(result.vmm_pss_bytes));
+        row
+    };
     let headings = ["MEDIUM", "CPUS", "MEMORY", "RESUME P50", "P99", "COLD P50", "P99", "NEW VM P50", "P99", "VMM PSS"];
-    output::table(&headings, &rows);
-    tell(&conditions);
-    Ok(())
+    present(conditions, results, args.common.json, &headings, cells)
 }
 
 fn lazy(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
@@ -278,9 +246,6 @@ fn lazy(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
     for shape in args.common.shapes() {
         progress(&args.common, "lazy", &shape);
         results.extend(lazy::measure(&pool, shape, args.common.runs as usize)?);
-    }
-    if args.common.json {
-        return output::json(&Results { conditions, results });
     }
     let cells = |result: &lazy::LazyResult| {
         let mut row = shape_cells(&result.shape);
@@ -298,9 +263,7 @@ fn lazy(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
     };
     let headings =
         ["MEDIUM", "CPUS", "MEMORY", "MEMORY COMES", "FIRST OUTPUT P50", "P99", "ALL THERE P50", "P99", "FAULTS"];
-    output::table(&headings, &results.iter().map(cells).collect::<Vec<_>>());
-    tell(&conditions);
-    Ok(())
+    present(conditions, results, args.common.json, &headings, cells)
 }
 
 fn restore(parent: &Path, args: &StoreArgs) -> anyhow::Result<()> {
@@ -309,9 +272,6 @@ fn restore(parent: &Path, args: &StoreArgs) -> anyhow::Result<()> {
     for memory in &args.memory {
         eprintln!("perdure: restore: {} runs, {memory}, depth {}", args.runs, args.generations);
         results.extend(restore::measure(pool.directory(), *memory, args.generations, args.runs as usize)?);
-    }
-    if args.json {
-        return output::json(&Results { conditions, results });
     }
     let cells = |result: &restore::RestoreResult| {
         vec![
@@ -340,7 +300,21 @@ fn restore(parent: &Path, args: &StoreArgs) -> anyhow::Result<()> {
         "PAGES + ARCHIVE WRITTEN/CHANGED",
         "TIME/DEPTH 1",
     ];
-    output::table(&headings, &results.iter().map(cells).collect::<Vec<_>>());
+    present(conditions, results, args.json, &headings, cells)
+}
+
+/// Shows what was measured and under which conditions: one JSON document, or a table.
+fn present<R: Serialize>(
+    conditions: Conditions,
+    results: Vec<R>,
+    json: bool,
+    headings: &[&str],
+    cells: impl Fn(&R) -> Vec<String>,
+) -> anyhow::Result<()> {
+    if json {
+        return output::json(&Results { conditions, results });
+    }
+    output::table(headings, &results.iter().map(cells).collect::<Vec<_>>());
     tell(&conditions);
     Ok(())
 }
