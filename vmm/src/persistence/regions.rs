@@ -180,18 +180,7 @@ impl VmRegions {
             if clean {
                 ram.stamp_clean(context.sequence)?;
             }
-            let name = name.to_owned();
-            Ok(Self {
-                name,
-                ram: Arc::new(ram),
-                mapping: None,
-                placed: None,
-                restoring: None,
-                context_region,
-                context,
-                before: None,
-                damage: Vec::new(),
-            })
+            Ok(Self::held(name.to_owned(), ram, context_region, context, Vec::new()))
         };
         let result = made();
         if result.is_err() {
@@ -200,6 +189,21 @@ impl VmRegions {
             }
         }
         result
+    }
+
+    /// Leased regions of which nothing is mapped yet.
+    fn held(name: String, ram: Region, context_region: Region, context: ContextV1, damage: Vec<String>) -> Self {
+        Self {
+            name,
+            ram: Arc::new(ram),
+            mapping: None,
+            placed: None,
+            restoring: None,
+            context_region,
+            context,
+            before: None,
+            damage,
+        }
     }
 
     /// Leases the regions of a VM that there is, and reads its context. Nothing is altered.
@@ -224,17 +228,7 @@ impl VmRegions {
         if config != region {
             return Err(RegionsError::Mismatch { name, config, region });
         }
-        Ok(Self {
-            name,
-            ram: Arc::new(ram),
-            mapping: None,
-            placed: None,
-            restoring: None,
-            context_region,
-            context,
-            before: None,
-            damage,
-        })
+        Ok(Self::held(name, ram, context_region, context, damage))
     }
 
     /// Leases the regions of a VM whose context cannot be read, to restore them from a generation. `config` says what it is made of.
@@ -250,18 +244,7 @@ impl VmRegions {
         let lost = ram.is_clean().or(ram.doubtful_stamp()).unwrap_or(0);
         let standing = Standing::Ended { how: "its context was lost".to_owned() };
         let context = ContextV1 { sequence: lost.saturating_add(1), written_ns: 0, config, standing };
-        let name = name.to_owned();
-        Ok(Self {
-            name,
-            ram: Arc::new(ram),
-            mapping: None,
-            placed: None,
-            restoring: None,
-            context_region,
-            context,
-            before: None,
-            damage,
-        })
+        Ok(Self::held(name.to_owned(), ram, context_region, context, damage))
     }
 
     /// The VM's name.
