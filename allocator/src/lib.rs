@@ -32,6 +32,7 @@ pub mod name;
 pub mod pager;
 pub mod pool;
 pub mod region;
+pub mod replacement;
 mod size;
 
 pub use catalog::{CatalogError, MediumSettings, RegionInfo, Settings};
