@@ -20,6 +20,9 @@
 //!            └─ Pager ── fills a region that is in use already, cluster by cluster, from a source
 //! ```
 //!
+//! A guest may have more memory than its RAM region: [`paging`] keeps what it uses in the frames of that region and the rest in a swap
+//! region, and [`replacement`] decides what is where.
+//!
 //! Bytes on the medium are described in `FORMAT.md`; the words are those of the project's design.
 #![deny(unsafe_code)]
 
@@ -30,6 +33,7 @@ pub mod lease;
 pub mod medium;
 pub mod name;
 pub mod pager;
+pub mod paging;
 pub mod pool;
 pub mod region;
 pub mod replacement;

@@ -362,6 +362,22 @@ impl Region {
         }
     }
 
+    /// The file, for mapping pieces of it.
+    pub(crate) fn descriptor(&self) -> Result<std::os::fd::BorrowedFd<'_>, RegionError> {
+        let unmappable = || MediumError::NotMappable { path: self.lease.path.clone() };
+        self.lease.file.descriptor().ok_or_else(|| self.medium("map", unmappable()))
+    }
+
+    /// Where in the file the data begins.
+    pub(crate) fn data_offset(&self) -> u64 {
+        self.lease.info.data_offset
+    }
+
+    /// Another handle of the file, past the page cache; see [`VfsFile::direct`].
+    pub(crate) fn direct(&self) -> Result<Option<Box<dyn VfsFile>>, RegionError> {
+        self.lease.file.direct().map_err(|source| self.io("open", source))
+    }
+
     /// Maps the data, all of it, readable and writable. One system call or two; nothing is read or copied.
     ///
     /// # Errors

@@ -24,6 +24,7 @@ pub mod dax;
 pub mod file;
 pub mod nvdimm;
 pub mod on_demand;
+pub mod paged;
 #[cfg(test)]
 mod tests;
 pub mod write_watch;

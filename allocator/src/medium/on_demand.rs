@@ -24,14 +24,14 @@ use super::{Backing, Mapping, MediumKind, dax};
 const API: u64 = 0xAA;
 const IOCTL_API: libc::Ioctl = 0xc018_aa3fu32 as libc::Ioctl;
 pub(super) const IOCTL_REGISTER: libc::Ioctl = 0xc020_aa00u32 as libc::Ioctl;
-const IOCTL_WAKE: libc::Ioctl = 0x8010_aa02u32 as libc::Ioctl;
+pub(super) const IOCTL_WAKE: libc::Ioctl = 0x8010_aa02u32 as libc::Ioctl;
 /// `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`.
 const IOCTL_NEW: libc::Ioctl = 0xaa00u32 as libc::Ioctl;
-const MODE_MISSING: u64 = 1;
-const EVENT_PAGEFAULT: u8 = 0x12;
+pub(super) const MODE_MISSING: u64 = 1;
+pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
 /// Bytes of a `struct uffd_msg`, and where in it the address is.
-const MESSAGE: usize = 32;
-const ADDRESS: std::ops::Range<usize> = 16..24;
+pub(super) const MESSAGE: usize = 32;
+pub(super) const ADDRESS: std::ops::Range<usize> = 16..24;
 /// Messages taken at a time.
 const MESSAGES: usize = 16;
 

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -134,6 +134,17 @@ impl VfsFile for HostFile {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.poison.check(&self.path)?;
         self.file.write_all_at(bytes, offset)
+    }
+
+    fn direct(&self) -> io::Result<Option<Box<dyn VfsFile>>> {
+        // The open file itself, whatever has become of its path.
+        let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let flags = OFlags::DIRECT.bits().cast_signed();
+        match OpenOptions::new().read(true).write(true).custom_flags(flags).open(same) {
+            Ok(file) => Ok(Some(Box::new(HostFile { file, path: self.path.clone(), poison: Poison::default() }))),
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// One `pwritev2(RWF_DSYNC)`: flushes the range that it wrote, not whatever else of the file is dirty. On a

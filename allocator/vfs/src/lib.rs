@@ -224,6 +224,15 @@ pub trait VfsFile: Send + Sync + fmt::Debug {
     /// The descriptor, for what only a real file can do (mapping). `None` on a simulated disk.
     fn descriptor(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Another handle of the same file that goes past the page cache: each read and write moves whole blocks of 4096 bytes, to and from
+    /// memory that is aligned so. Durable is what it wrote after a sync of this handle. `None` where the file system has no such thing.
+    ///
+    /// # Errors
+    /// As the file system says.
+    fn direct(&self) -> io::Result<Option<Box<dyn VfsFile>>> {
+        Ok(None)
+    }
+
     /// Reads exactly `buffer.len()` bytes at `offset`.
     ///
     /// # Errors

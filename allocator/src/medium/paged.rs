@@ -1,0 +1,314 @@
+//! Addresses of a guest's memory over which clusters of frames are mapped, and from which they are taken again.
+//!
+//! ```text
+//!   guest memory   │ frame 7 │ placeholder │ frame 3 │ frame 4 │ placeholder …
+//!                      ▲            ▲ anonymous, registered with userfaultfd: an access waits, and an event tells its address
+//!                      └ a piece of the file of frames, mapped shared
+//! ```
+//!
+//! A frame is *placed* by mapping its file over the addresses (`mmap`, 5 to 10 µs), and *withdrawn* by moving a placeholder over it: one
+//! `mremap` of a second, never touched stretch of placeholders. That is one step for whoever accesses the memory, guest or kernel: it
+//! finds the frame or waits. `mmap` of fresh memory and registering it then would be two, with an access between them that finds zeros.
+//! `MREMAP_DONTUNMAP` leaves the stretch where it is, for the next time; `UFFD_FEATURE_EVENT_REMAP` makes the moved placeholder stay
+//! registered, at the price that `mremap` returns only when the thread that reads events has read of it.
+//!
+//! Neighbours become one VMA again by themselves; a process may have 65530 of them (`vm.max_map_count`).
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+
+use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+
+use super::on_demand::{
+    ADDRESS, EVENT_PAGEFAULT, IOCTL_REGISTER, IOCTL_WAKE, MESSAGE, MODE_MISSING, UffdioRange, UffdioRegister, control,
+    open_with,
+};
+
+/// `UFFD_FEATURE_EVENT_REMAP` (`linux/userfaultfd.h`).
+const FEATURE_EVENT_REMAP: u64 = 1 << 2;
+/// Messages taken at a time.
+const MESSAGES: usize = 16;
+/// Clusters that are withdrawn at once, at most.
+pub const WITHDRAWN_MAX: u32 = 16;
+
+/// Guest memory of which clusters are placed and withdrawn. Unmapped when dropped.
+#[derive(Debug)]
+pub struct PagedMemory {
+    base: NonNull<u8>,
+    length: usize,
+    /// Never touched, nobody's: what takes a frame's place comes from here.
+    placeholders: NonNull<u8>,
+    cluster: usize,
+    events: File,
+}
+
+// SAFETY: addresses of the process, not of a thread; what is done to them here are system calls, which are safe from any thread.
+unsafe impl Send for PagedMemory {}
+// SAFETY: as above; `&PagedMemory` gives out a raw pointer alone, and using that is the caller's unsafe block.
+unsafe impl Sync for PagedMemory {}
+
+/// A file that frames lie in, and how it is mapped.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameFile<'a> {
+    /// The file.
+    pub file: BorrowedFd<'a>,
+    /// Where frame 0 begins.
+    pub offset: u64,
+    /// Whether to ask for `MAP_SYNC`: persistent memory.
+    pub sync: bool,
+}
+
+fn reserve(length: usize) -> io::Result<NonNull<u8>> {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a null hint lets the kernel choose free addresses, so no existing mapping is replaced.
+    let base = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), length, access, flags) }?;
+    NonNull::new(base.cast()).ok_or_else(|| io::ErrorKind::Unsupported.into())
+}
+
+impl PagedMemory {
+    /// Addresses for `length` bytes of memory, of which nothing is there. Both numbers in whole pages.
+    ///
+    /// # Errors
+    /// As the system says: `PermissionDenied` where this process may not use userfaultfd.
+    pub fn reserve(length: u64, cluster: u64) -> io::Result<Self> {
+        let whole = |bytes: u64| usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::Unsupported));
+        let (length, cluster) = (whole(length)?, whole(cluster)?);
+        let events = open_with(FEATURE_EVENT_REMAP)?;
+        let memory = Self { base: reserve(length)?, length, placeholders: NonNull::dangling(), cluster, events };
+        memory.register(memory.base, length)?;
+        let placeholders = reserve(cluster * WITHDRAWN_MAX as usize)?;
+        let memory = Self::with_placeholders(memory, placeholders);
+        memory.register(placeholders, cluster * WITHDRAWN_MAX as usize)?;
+        Ok(memory)
+    }
+
+    fn with_placeholders(mut self, placeholders: NonNull<u8>) -> Self {
+        self.placeholders = placeholders;
+        self
+    }
+
+    fn register(&self, start: NonNull<u8>, length: usize) -> io::Result<()> {
+        let range = UffdioRange { start: start.as_ptr() as u64, length: length as u64 };
+        let mut register = UffdioRegister { range, mode: MODE_MISSING, ioctls: 0 };
+        control(self.events.as_fd(), IOCTL_REGISTER, &mut register)
+    }
+
+    /// The first byte.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a guest's memory is never empty")]
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Readable when somebody waits, or withdraws.
+    #[must_use]
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    /// Adds the clusters that somebody waits for, as far as it was not told yet. Does not wait. Who withdraws goes on.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn awaited(&self, into: &mut Vec<u32>) -> io::Result<()> {
+        let mut messages = [0; MESSAGE * MESSAGES];
+        let read = match (&self.events).read(&mut messages) {
+            Ok(read) => read,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
+            Err(error) => return Err(error),
+        };
+        let base = self.base.as_ptr() as u64;
+        for message in messages.get(..read).unwrap_or_default().chunks_exact(MESSAGE) {
+            let address = message.get(ADDRESS).and_then(|bytes| bytes.try_into().ok()).map(u64::from_ne_bytes);
+            let offset = address.and_then(|address| address.checked_sub(base));
+            let fault = message.first() == Some(&EVENT_PAGEFAULT);
+            into.extend(
+                offset
+                    .filter(|offset| fault && *offset < self.length as u64)
+                    .and_then(|offset| u32::try_from(offset / self.cluster as u64).ok()),
+            );
+        }
+        Ok(())
+    }
+
+    /// Where `count` clusters from `cluster` on lie: offset and bytes; the last one of all may be shorter.
+    fn range(&self, cluster: u32, count: u32) -> io::Result<(usize, usize)> {
+        let start = self.cluster.checked_mul(cluster as usize).filter(|start| *start < self.length);
+        let start = start.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok((start, self.cluster.saturating_mul(count as usize).min(self.length - start)))
+    }
+
+    /// Frames from `frame` on are what `count` clusters from `cluster` on show from now on. Who waits is not woken by it.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn place(&self, frames: FrameFile<'_>, frame: u32, cluster: u32, count: u32) -> io::Result<()> {
+        let (start, length) = self.range(cluster, count)?;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::FIXED | if frames.sync { super::dax::SYNC } else { MapFlags::SHARED };
+        let offset = frames.offset + u64::from(frame) * self.cluster as u64;
+        // SAFETY: the range lies in the addresses that this owns, so MAP_FIXED replaces a part of those and nothing else. They stay
+        // readable and writable; nobody holds references into a guest's memory.
+        unsafe {
+            let at = self.base.as_ptr().add(start).cast();
+            rustix::mm::mmap(at, length, access, flags, frames.file, offset)?;
+        }
+        Ok(())
+    }
+
+    /// Takes what is placed at up to [`WITHDRAWN_MAX`] clusters away, in one step: from then on an access waits. Not to be called by the
+    /// thread that reads events, or one that it waits for: this returns when the event was read.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn withdraw(&self, cluster: u32, count: u32) -> io::Result<()> {
+        let (start, length) = self.range(cluster, count.min(WITHDRAWN_MAX))?;
+        let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
+        // SAFETY: the target lies in the addresses that this owns, so a part of those is replaced and nothing else, by memory that is as
+        // readable and writable; the source is this value's own and as long as WITHDRAWN_MAX clusters, and holds nothing.
+        unsafe {
+            let target = self.base.as_ptr().add(start).cast();
+            rustix::mm::mremap_fixed(self.placeholders.as_ptr().cast(), length, length, flags, target)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a cluster that cannot be had, and that nothing is placed at, one that cannot be accessed: who waits for it, or comes later,
+    /// gets `EFAULT` in the kernel and `SIGSEGV` in this process.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn refuse(&self, cluster: u32) -> io::Result<()> {
+        let (start, length) = self.range(cluster, 1)?;
+        // SAFETY: the range lies in the addresses that this owns, and holds a placeholder, of which no byte was ever accessible.
+        unsafe {
+            rustix::mm::mprotect(self.base.as_ptr().add(start).cast(), length, MprotectFlags::empty())?;
+        }
+        self.wake(cluster, 1)
+    }
+
+    /// Who waits for these clusters goes on, and looks again.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn wake(&self, cluster: u32, count: u32) -> io::Result<()> {
+        let (start, length) = self.range(cluster, count)?;
+        let mut range = UffdioRange { start: (self.base.as_ptr() as usize + start) as u64, length: length as u64 };
+        control(self.events.as_fd(), IOCTL_WAKE, &mut range)
+    }
+}
+
+impl Drop for PagedMemory {
+    fn drop(&mut self) {
+        // SAFETY: both ranges were mapped in `reserve` and are owned by this alone; who kept the pointer promised not to use it.
+        unsafe {
+            let _ = rustix::mm::munmap(self.base.as_ptr().cast(), self.length);
+            if self.placeholders != NonNull::dangling() {
+                let length = self.cluster * WITHDRAWN_MAX as usize;
+                let _ = rustix::mm::munmap(self.placeholders.as_ptr().cast(), length);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    const CLUSTER: u64 = 64 << 10;
+
+    fn read(address: usize) -> u8 {
+        // SAFETY: the tests read within a mapping that outlives the read.
+        unsafe { (address as *const u8).read_volatile() }
+    }
+
+    fn write(address: usize, value: u8) {
+        // SAFETY: as for `read`; nobody else accesses that byte.
+        unsafe { (address as *mut u8).write_volatile(value) }
+    }
+
+    /// Places frame i at cluster i whenever somebody asks, until told to end.
+    fn serve(memory: &PagedMemory, file: &File, ended: &AtomicBool, served: &AtomicU64) {
+        let frames = FrameFile { file: file.as_fd(), offset: 0, sync: false };
+        let mut awaited = Vec::new();
+        while !ended.load(Ordering::SeqCst) {
+            memory.awaited(&mut awaited).unwrap();
+            for cluster in awaited.drain(..) {
+                memory.place(frames, cluster, cluster, 1).unwrap();
+                memory.wake(cluster, 1).unwrap();
+                served.fetch_add(1, Ordering::SeqCst);
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_is_withdrawn_under_a_writer_is_asked_for_again_and_no_write_is_lost() {
+        let file = tempfile::tempfile().unwrap();
+        let clusters = 8_u32;
+        file.set_len(u64::from(clusters) * CLUSTER).unwrap();
+        let memory = PagedMemory::reserve(u64::from(clusters) * CLUSTER, CLUSTER).unwrap();
+        let base = memory.as_ptr() as usize;
+        let (ended, served) = (AtomicBool::new(false), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| serve(&memory, &file, &ended, &served));
+            let writer = scope.spawn(|| {
+                for round in 0..=255_u8 {
+                    for cluster in 0..clusters as usize {
+                        let at = base + cluster * CLUSTER as usize + 17 * cluster;
+                        assert_eq!(read(at), round, "a write to cluster {cluster} was lost, or zeros were seen");
+                        write(at, round.wrapping_add(1));
+                    }
+                }
+            });
+            while !writer.is_finished() {
+                memory.withdraw(0, clusters).unwrap();
+            }
+            writer.join().unwrap();
+            ended.store(true, Ordering::SeqCst);
+        });
+        assert!(served.load(Ordering::SeqCst) > 2 * u64::from(clusters), "nothing was ever withdrawn");
+    }
+
+    #[test]
+    fn who_waits_for_what_cannot_be_had_is_refused_in_the_kernel() {
+        let memory = PagedMemory::reserve(2 * CLUSTER, CLUSTER).unwrap();
+        let base = memory.as_ptr() as usize;
+        std::thread::scope(|scope| {
+            let refused = scope.spawn(|| {
+                let (_reader, writer) = io::pipe().unwrap();
+                // SAFETY: the kernel checks the address; a refusal is an error code.
+                let written = unsafe {
+                    libc::write(std::os::fd::AsRawFd::as_raw_fd(&writer), (base + 5) as *const libc::c_void, 1)
+                };
+                (written, io::Error::last_os_error().raw_os_error())
+            });
+            let mut awaited = Vec::new();
+            while awaited.is_empty() {
+                memory.awaited(&mut awaited).unwrap();
+            }
+            assert_eq!(awaited, [0]);
+            memory.refuse(0).unwrap();
+            assert_eq!(refused.join().unwrap(), (-1, Some(libc::EFAULT)));
+        });
+        assert!(memory.place_would_be_outside(), "clusters that there are not are refused");
+    }
+
+    impl PagedMemory {
+        fn place_would_be_outside(&self) -> bool {
+            let file = tempfile::tempfile().unwrap();
+            let frames = FrameFile { file: file.as_fd(), offset: 0, sync: false };
+            self.place(frames, 0, 2, 1).is_err() && self.withdraw(u32::MAX, 1).is_err() && self.wake(2, 1).is_err()
+        }
+    }
+}

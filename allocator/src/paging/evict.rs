@@ -1,0 +1,432 @@
+//! The thread that keeps frames free, and whoever else takes memory out of frames.
+
+use std::sync::PoisonError;
+
+use super::slots::Buffer;
+use super::{BUSY, Digest, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
+use crate::medium::paged::WITHDRAWN_MAX;
+
+/// Of all frames, so many are kept free: one in this many.
+const RESERVE: u32 = 32;
+/// But at most as many as hold this many bytes.
+const RESERVE_MAX: u64 = 16 << 20;
+/// Bytes that leave RAM at a time.
+const BATCH: u64 = 2 << 20;
+/// Clusters that are withdrawn at a time.
+const DEMOTED_MAX: usize = 64;
+/// How long before what failed is tried again.
+const AGAIN: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// What becomes of a cluster that leaves its frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// It is zeros: nothing need be kept.
+    Zeros,
+    /// Its slot has it.
+    Dropped,
+    /// This slot is to get it.
+    Written { slot: u32, crc: u32, digest: Digest },
+    /// It stays: there is no slot for it, or it could not be read or written.
+    Stays,
+}
+
+impl Shared {
+    /// How many frames are kept free.
+    pub(super) fn reserve(&self, state: &State) -> u32 {
+        let most = u32::try_from(RESERVE_MAX / self.geometry.cluster).unwrap_or(1);
+        (state.frames.limit() / RESERVE).min(most).max(4)
+    }
+
+    pub(super) fn keep_frames_free(&self) {
+        let mut buffer = Buffer::default();
+        loop {
+            let mut state = self.state();
+            while !state.ended && (state.held || state.frames.available() >= self.reserve(&state)) {
+                state = self.pressure.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            if state.ended {
+                return;
+            }
+            drop(state);
+            // Evicting says how many are to be withdrawn; where nothing could be evicted, withdrawing makes that possible.
+            let evicted = self.evict(&mut buffer);
+            if !self.demote() && !evicted {
+                self.rest();
+            }
+        }
+    }
+
+    /// Nothing can be done now: waits until something changes, or a while.
+    fn rest(&self) {
+        let state = self.state();
+        if !state.ended {
+            drop(self.pressure.wait_timeout(state, AGAIN));
+        }
+    }
+
+    /// Withdraws clusters whose time it is. Whether there were any.
+    fn demote(&self) -> bool {
+        let mut state = self.state();
+        let mut demoted = Vec::new();
+        while demoted.len() < DEMOTED_MAX
+            && let Some(cluster) = state.policy.demote()
+        {
+            if state.has(cluster, MAPPED) && !state.has(cluster, BUSY) {
+                state.begin_work(cluster);
+                demoted.push(cluster);
+            } else {
+                state.policy.touched(cluster);
+                break;
+            }
+        }
+        drop(state);
+        demoted.sort_unstable();
+        for run in demoted.chunk_by(|one, next| one + 1 == *next) {
+            for run in run.chunks(WITHDRAWN_MAX as usize) {
+                self.withdraw(run);
+            }
+        }
+        !demoted.is_empty()
+    }
+
+    /// Takes a run of busy, mapped neighbours from the guest.
+    fn withdraw(&self, run: &[u32]) {
+        let withdrawn = run.first().map(|first| self.memory.withdraw(*first, run.len() as u32));
+        let mut state = self.state();
+        let mut ring = false;
+        for cluster in run {
+            if matches!(withdrawn, Some(Ok(()))) {
+                state.clear(*cluster, MAPPED);
+            } else {
+                state.policy.touched(*cluster);
+            }
+            ring |= state.end_work(*cluster);
+        }
+        drop(state);
+        self.changed.notify_all();
+        if ring {
+            self.ring();
+        }
+    }
+
+    /// Brings a batch of standby clusters out of their frames. Whether any left.
+    fn evict(&self, buffer: &mut Buffer) -> bool {
+        let victims = self.victims();
+        if victims.is_empty() {
+            return false;
+        }
+        let mut fates = self.judge(&victims, buffer);
+        self.write(&victims, &mut fates, buffer);
+        self.finish(&victims, &fates)
+    }
+
+    fn victims(&self) -> Vec<u32> {
+        let mut state = self.state();
+        let batch = (BATCH / self.geometry.cluster).max(1) as usize;
+        let wanted = (self.reserve(&state) * 2).saturating_sub(state.frames.available()) as usize;
+        let mut victims = Vec::new();
+        while victims.len() < batch.min(wanted)
+            && !state.held
+            && let Some(cluster) = state.policy.victim()
+        {
+            if state.has(cluster, MAPPED | BUSY | LOST) || state.frames.frame_of(cluster).is_none() {
+                // It is being read, say: later.
+                if state.frames.frame_of(cluster).is_some() {
+                    state.policy.prefetched(cluster);
+                }
+                break;
+            }
+            state.begin_work(cluster);
+            victims.push(cluster);
+        }
+        victims
+    }
+
+    /// Reads victims, one behind the other, and finds out what is to become of them.
+    fn judge(&self, victims: &[u32], buffer: &mut Buffer) -> Vec<Fate> {
+        let size = usize::try_from(self.geometry.cluster).unwrap_or(0);
+        let mut fates = Vec::with_capacity(victims.len());
+        for (cluster, bytes) in victims.iter().zip(buffer.room(victims.len() * size).chunks_exact_mut(size)) {
+            fates.push(self.judge_one(*cluster, bytes));
+        }
+        fates
+    }
+
+    fn judge_one(&self, cluster: u32, bytes: &mut [u8]) -> Fate {
+        let (frame, image, known) = {
+            let state = self.state();
+            let known = state.digests.get(cluster as usize).copied().filter(|_| state.has(cluster, KNOWN));
+            (state.frames.frame_of(cluster), state.has(cluster, IN_IMAGE), known)
+        };
+        let Some(frame) = frame else { return Fate::Stays };
+        let read = if image { self.store.read_image(frame, 0, bytes) } else { self.store.read(frame, 0, bytes) };
+        if let Err(error) = read {
+            self.tell_unwritable(error);
+            return Fate::Stays;
+        }
+        if is_zero(bytes) {
+            return Fate::Zeros;
+        }
+        let digest = digest(bytes);
+        let mut state = self.state();
+        if known == Some(digest) && state.slots.of(cluster).is_some() {
+            return Fate::Dropped;
+        }
+        let slot = state.slots.reserve(cluster).or_else(|| state.reclaim_slot(cluster));
+        match slot {
+            Some(slot) => Fate::Written { slot, crc: crc32fast::hash(bytes), digest },
+            None => Fate::Stays,
+        }
+    }
+
+    /// Writes what is to be written, neighbouring slots at once. What cannot be stays.
+    fn write(&self, victims: &[u32], fates: &mut [Fate], buffer: &Buffer) {
+        let size = usize::try_from(self.geometry.cluster).unwrap_or(0);
+        let slot_of = |fate: &Fate| if let Fate::Written { slot, .. } = fate { Some(*slot) } else { None };
+        let mut at = 0;
+        while at < fates.len() {
+            let Some(first) = slot_of(&fates[at]) else {
+                at += 1;
+                continue;
+            };
+            let mut end = at + 1;
+            while end < fates.len() && slot_of(&fates[end]) == Some(first + (end - at) as u32) {
+                end += 1;
+            }
+            let bytes = buffer.filled().get(at * size..end * size).unwrap_or_default();
+            if let Err(error) = self.swap.write(first, bytes) {
+                let mut state = self.state();
+                for (cluster, fate) in victims[at..end].iter().zip(&mut fates[at..end]) {
+                    if let Some(slot) = slot_of(fate) {
+                        // What is in the slot is not known.
+                        state.slots.free(*cluster);
+                        state.slots.unreserve(*cluster, slot);
+                        state.clear(*cluster, KNOWN);
+                    }
+                    *fate = Fate::Stays;
+                }
+                drop(state);
+                self.tell_unwritable(error);
+            }
+            at = end;
+        }
+    }
+
+    fn finish(&self, victims: &[u32], fates: &[Fate]) -> bool {
+        let mut state = self.state();
+        let mut left = 0;
+        for (cluster, fate) in victims.iter().zip(fates) {
+            let cluster = *cluster;
+            match fate {
+                Fate::Stays | Fate::Dropped => {}
+                Fate::Zeros => state.slots.free(cluster),
+                Fate::Written { slot, crc, digest } => {
+                    state.slots.fill(cluster, *slot, *crc);
+                    state.digests[cluster as usize] = *digest;
+                    state.set(cluster, KNOWN);
+                }
+            }
+            let awaited = state.end_work(cluster);
+            if *fate == Fate::Stays || awaited {
+                // Somebody wants it: it stays where it is, and what was written was not for nothing.
+                state.policy.prefetched(cluster);
+                continue;
+            }
+            left += 1;
+            state.frames.give_back(cluster);
+            state.clear(cluster, SAVED | IN_IMAGE);
+            match fate {
+                Fate::Zeros | Fate::Stays => {}
+                Fate::Dropped => state.status.dropped += 1,
+                Fate::Written { .. } => state.status.written += 1,
+            }
+            state.status.swapped += u64::from(state.slots.of(cluster).is_some());
+        }
+        let full = left == 0 && fates.contains(&Fate::Stays) && !state.unwritable;
+        let news = self.news(&mut state, full, left > 0);
+        drop(state);
+        self.changed.notify_all();
+        self.ring();
+        if let Some(event) = news {
+            (self.events)(event);
+        }
+        left > 0
+    }
+
+    /// What is to be told of a swap region that is full, or has room again.
+    fn news(&self, state: &mut State, full: bool, room: bool) -> Option<PagingEvent> {
+        if room {
+            state.unwritable = false;
+        }
+        // Full is only worth a word when somebody waits.
+        if full && !state.full && state.frames.available() == 0 {
+            state.full = true;
+            return Some(PagingEvent::SwapFull);
+        }
+        if room && std::mem::take(&mut state.full) {
+            return Some(PagingEvent::SwapRoom);
+        }
+        None
+    }
+
+    fn tell_unwritable(&self, error: PagingError) {
+        if !std::mem::replace(&mut self.state().unwritable, true) {
+            (self.events)(PagingEvent::Unwritable(error));
+        }
+    }
+
+    pub(super) fn discard(&self, offset: u64, length: u64) -> Result<(), PagingError> {
+        let size = self.geometry.cluster;
+        let end = offset.checked_add(length).filter(|end| *end <= self.memory.len() as u64);
+        let end = end.ok_or(PagingError::OutOfBounds(offset.saturating_add(length)))?;
+        let past = if end == self.memory.len() as u64 { end.div_ceil(size) } else { end / size };
+        let whole = u32::try_from(offset.div_ceil(size)).unwrap_or(u32::MAX)..u32::try_from(past).unwrap_or(u32::MAX);
+        for cluster in whole {
+            self.discard_one(cluster);
+        }
+        self.changed.notify_all();
+        self.ring();
+        Ok(())
+    }
+
+    fn discard_one(&self, cluster: u32) {
+        let mut state = self.state();
+        while state.has(cluster, BUSY) && !state.ended {
+            state = self.wait(state);
+        }
+        if state.has(cluster, LOST) || state.ended {
+            return;
+        }
+        state.begin_work(cluster);
+        let mapped = state.has(cluster, MAPPED);
+        drop(state);
+        let withdrawn = !mapped || self.memory.withdraw(cluster, 1).is_ok();
+        let mut state = self.state();
+        if withdrawn {
+            let swapped = state.slots.of(cluster).is_some() && state.frames.frame_of(cluster).is_none();
+            state.status.swapped -= u64::from(swapped);
+            state.policy.removed(cluster);
+            state.frames.give_back(cluster);
+            state.slots.free(cluster);
+            state.clear(cluster, MAPPED | KNOWN | SAVED | IN_IMAGE);
+        }
+        state.end_work(cluster);
+    }
+
+    pub(super) fn persist(&self) -> Result<(u32, Option<u64>), PagingError> {
+        let mut state = self.state();
+        let list: Vec<(u32, u32)> =
+            state.policy.recency().filter_map(|cluster| Some((cluster, state.frames.frame_of(cluster)?))).collect();
+        let mut saved = None;
+        if self.store.is_apart() {
+            let mut buffer = Vec::new();
+            let mut bytes = 0;
+            for (cluster, frame) in &list {
+                if !state.has(*cluster, SAVED) {
+                    self.store.save(*frame, &mut buffer)?;
+                    bytes += self.geometry.cluster;
+                }
+            }
+            saved = Some(bytes);
+        }
+        let (ram, tables) = std::thread::scope(|scope| {
+            let ram = scope.spawn(|| self.store.sync());
+            let tables = self.swap.persist(&mut state.slots, &list);
+            let interrupted = || PagingError::System { doing: "flush RAM", source: std::io::ErrorKind::Other.into() };
+            (ram.join().unwrap_or_else(|_| Err(interrupted())), tables)
+        });
+        ram?;
+        if self.store.is_apart() {
+            // Those that the guest sees may change as soon as it runs.
+            let saved = list.iter().map(|(cluster, _)| *cluster).filter(|cluster| !state.has(*cluster, MAPPED));
+            saved.collect::<Vec<_>>().into_iter().for_each(|cluster| state.set(cluster, SAVED));
+        }
+        Ok((tables?, saved))
+    }
+
+    pub(super) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PagingError> {
+        let size = self.geometry.cluster;
+        let mut buffer = Buffer::default();
+        let (mut at, mut rest) = (offset, into);
+        self.clusters_of(offset, rest.len() as u64)?;
+        while !rest.is_empty() {
+            let within = at % size;
+            let here = usize::try_from(size - within).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(here);
+            self.read_one(u32::try_from(at / size).unwrap_or(u32::MAX), within, now, &mut buffer)?;
+            at += here as u64;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn read_one(&self, cluster: u32, within: u64, into: &mut [u8], buffer: &mut Buffer) -> Result<(), PagingError> {
+        let mut state = self.state();
+        while state.has(cluster, BUSY) && !state.ended {
+            state = self.wait(state);
+        }
+        if state.has(cluster, LOST) {
+            return Err(self.lost(&state, cluster, None));
+        }
+        let (frame, slot) = (state.frames.frame_of(cluster), state.slots.of(cluster));
+        if frame.is_none() && slot.is_none() {
+            into.fill(0);
+            return Ok(());
+        }
+        let image = state.has(cluster, IN_IMAGE);
+        state.begin_work(cluster);
+        drop(state);
+        let read = match (frame, slot) {
+            (Some(frame), _) if image => self.store.read_image(frame, within, into),
+            (Some(frame), _) => self.store.read(frame, within, into),
+            (None, Some(slot)) => {
+                let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
+                self.swap.read(slot.number, bytes).and_then(|()| {
+                    let start = usize::try_from(within).unwrap_or(0);
+                    let wanted = bytes.get(start..start + into.len());
+                    let wanted = wanted.filter(|_| crc32fast::hash(bytes) == slot.crc);
+                    into.copy_from_slice(wanted.ok_or_else(|| self.lost(&self.state(), cluster, None))?);
+                    Ok(())
+                })
+            }
+            (None, None) => Ok(()),
+        };
+        let mut state = self.state();
+        let ring = state.end_work(cluster);
+        drop(state);
+        self.changed.notify_all();
+        if ring {
+            self.ring();
+        }
+        read
+    }
+}
+
+impl State {
+    /// A slot of a cluster that is in a frame as well, for one that needs it more.
+    fn reclaim_slot(&mut self, needy: u32) -> Option<u32> {
+        let clusters = self.flags.len() as u32;
+        for step in 1..=clusters {
+            let cluster = self.reclaim_at.wrapping_add(step) % clusters.max(1);
+            let spare = self.frames.frame_of(cluster).is_some() && self.slots.of(cluster).is_some();
+            if spare && cluster != needy && !self.has(cluster, BUSY) {
+                self.reclaim_at = cluster;
+                self.slots.free(cluster);
+                self.clear(cluster, KNOWN);
+                return self.slots.reserve(needy);
+            }
+        }
+        None
+    }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROS.len()).all(|chunk| ZEROS.starts_with(chunk))
+}
+
+fn digest(bytes: &[u8]) -> Digest {
+    let mut digest = Digest::default();
+    digest.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
+    digest
+}

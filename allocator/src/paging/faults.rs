@@ -1,0 +1,195 @@
+//! The thread that hears who waits for memory, and what serves them.
+
+use std::os::fd::AsFd;
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::slots::{Buffer, Slot};
+use super::{AWAITED, BUSY, IN_IMAGE, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
+
+/// What a cluster that is asked for needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// Whoever waits goes on.
+    Wake,
+    /// Nothing now: a thread is at it, or there is no free frame.
+    Wait,
+    /// It cannot be had.
+    Refuse,
+    /// This frame is to be filled.
+    Fill { frame: u32, from: Source },
+}
+
+/// Where a cluster's bytes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Zeros,
+    Slot(Slot),
+    /// In the image of the frame.
+    Image,
+}
+
+impl Shared {
+    pub(super) fn serve_faults(&self) {
+        let mut buffer = Buffer::default();
+        let mut asked = Vec::new();
+        while !self.state().deaf {
+            let mut fds = [
+                PollFd::from_borrowed_fd(self.memory.descriptor(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN),
+            ];
+            // Whatever it returns, what there is to read is read.
+            let _ = poll(&mut fds, None);
+            if let Err(source) = self.memory.awaited(&mut asked) {
+                let doing = "hear of page faults";
+                (self.events)(PagingEvent::Lost(PagingError::System { doing, source }));
+                return;
+            }
+            let mut silence = [0; 8];
+            let _ = rustix::io::read(&self.bell, &mut silence);
+            asked.extend(self.state().backlog.drain(..));
+            for cluster in asked.drain(..) {
+                self.serve(cluster, &mut buffer);
+            }
+        }
+    }
+
+    fn serve(&self, cluster: u32, buffer: &mut Buffer) {
+        let need = self.look(cluster);
+        match need {
+            Need::Wait => {}
+            Need::Wake => drop(self.memory.wake(cluster, 1)),
+            Need::Refuse => drop(self.memory.refuse(cluster)),
+            Need::Fill { frame, from } => {
+                let filled = self.fill(cluster, frame, from, buffer);
+                self.finish_fill(cluster, frame, from, filled);
+            }
+        }
+    }
+
+    /// What a cluster needs; a standby one is placed at once.
+    fn look(&self, cluster: u32) -> Need {
+        let mut state = self.state();
+        let state = &mut *state;
+        if state.has(cluster, LOST) {
+            return Need::Refuse;
+        }
+        if state.has(cluster, BUSY) {
+            state.set(cluster, AWAITED);
+            return Need::Wait;
+        }
+        if state.has(cluster, MAPPED) {
+            return Need::Wake;
+        }
+        if let Some(frame) = state.frames.frame_of(cluster) {
+            if state.has(cluster, IN_IMAGE) {
+                state.begin_work(cluster);
+                return Need::Fill { frame, from: Source::Image };
+            }
+            state.status.soft_faults += 1;
+            state.policy.touched(cluster);
+            self.note_sequence(state, cluster);
+            return self.place(state, cluster, frame);
+        }
+        let Some(frame) = state.frames.take(cluster) else {
+            state.status.stalls += 1;
+            state.backlog.push_back(cluster);
+            self.pressure.notify_all();
+            return Need::Wait;
+        };
+        if state.frames.available() < self.reserve(state) {
+            self.pressure.notify_all();
+        }
+        state.begin_work(cluster);
+        let from = state.slots.of(cluster).map_or(Source::Zeros, Source::Slot);
+        Need::Fill { frame, from }
+    }
+
+    fn note_sequence(&self, state: &mut State, cluster: u32) {
+        if let Some(run) = state.streams.fault(cluster) {
+            state.ahead.push_back((run.start, run.end - run.start));
+            self.wish.notify_all();
+        }
+    }
+
+    /// Shows the guest a cluster in its frame.
+    fn place(&self, state: &mut State, cluster: u32, frame: u32) -> Need {
+        let placed = self.store.file().and_then(|file| {
+            let placed = self.memory.place(file, frame, cluster, 1);
+            placed.map_err(|source| PagingError::System { doing: "map a frame", source })
+        });
+        match placed {
+            Ok(()) => {
+                state.clear(cluster, SAVED);
+                state.set(cluster, MAPPED);
+                self.changed.notify_all();
+                Need::Wake
+            }
+            Err(error) => {
+                state.set(cluster, LOST);
+                (self.events)(PagingEvent::Lost(self.lost(state, cluster, Some(error))));
+                Need::Refuse
+            }
+        }
+    }
+
+    /// Brings a cluster's bytes into its frame.
+    fn fill(&self, cluster: u32, frame: u32, from: Source, buffer: &mut Buffer) -> Result<(), PagingError> {
+        let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
+        match from {
+            Source::Zeros => bytes.fill(0),
+            Source::Image => self.store.read_image(frame, 0, bytes)?,
+            Source::Slot(slot) => {
+                let checked = self
+                    .swap
+                    .read(slot.number, bytes)
+                    .map_err(Some)
+                    .and_then(|()| if crc32fast::hash(bytes) == slot.crc { Ok(()) } else { Err(None) });
+                checked.map_err(|source| self.lost(&self.state(), cluster, source))?;
+            }
+        }
+        self.store.write(frame, bytes)
+    }
+
+    fn finish_fill(&self, cluster: u32, frame: u32, from: Source, filled: Result<(), PagingError>) {
+        let mut state = self.state();
+        // Whoever waited meanwhile is woken with the one who asked.
+        state.clear(cluster, AWAITED);
+        state.end_work(cluster);
+        let need = match filled {
+            Ok(()) => {
+                self.count(&mut state, from);
+                state.clear(cluster, SAVED | IN_IMAGE);
+                match from {
+                    Source::Image => state.policy.touched(cluster),
+                    Source::Zeros | Source::Slot(_) => state.policy.admitted(cluster),
+                }
+                self.note_sequence(&mut state, cluster);
+                self.place(&mut state, cluster, frame)
+            }
+            Err(error) => {
+                if from != Source::Image {
+                    state.frames.give_back(cluster);
+                }
+                state.set(cluster, LOST);
+                // First told, then refused: what a vCPU says of the refusal is to come second.
+                (self.events)(PagingEvent::Lost(error));
+                Need::Refuse
+            }
+        };
+        drop(state);
+        self.changed.notify_all();
+        let _ = if need == Need::Wake { self.memory.wake(cluster, 1) } else { self.memory.refuse(cluster) };
+    }
+
+    fn count(&self, state: &mut State, from: Source) {
+        match from {
+            Source::Zeros => state.status.zero_faults += 1,
+            Source::Image => state.status.soft_faults += 1,
+            Source::Slot(_) => {
+                state.status.hard_faults += 1;
+                state.status.swapped -= 1;
+            }
+        }
+    }
+}

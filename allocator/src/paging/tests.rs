@@ -1,0 +1,324 @@
+//! The tests touch memory as a guest does: through its addresses.
+#![allow(unsafe_code)]
+
+use super::*;
+use crate::medium::MediumKind;
+use crate::pool::{Pool, RegionSpec};
+use crate::region::Kind;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+const CLUSTER: u64 = CLUSTER_MIN;
+const MEMORY: u64 = 128 * CLUSTER - 3 * PAGE_SIZE;
+const RAM: u64 = 32 * CLUSTER;
+
+/// Two regions of a VM, which outlive its pagers.
+struct Home {
+    _directory: tempfile::TempDir,
+    pool: Pool,
+    swap_bytes: u64,
+    events: mpsc::Receiver<PagingEvent>,
+    sender: mpsc::Sender<PagingEvent>,
+}
+
+fn geometry() -> Geometry {
+    Geometry::new(MEMORY, RAM).unwrap()
+}
+
+impl Home {
+    fn new(medium: MediumKind, swap_bytes: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let pool = Pool::create_or_open(directory.path().join("pool"), Arc::new(vfs::HostVfs)).unwrap();
+        let medium_of = |kind| Some(if kind == Kind::Ram { medium } else { MediumKind::File });
+        for (name, kind, size) in
+            [("vm/ram", Kind::Ram, RAM), ("vm/swap", Kind::Swap, geometry().swap_region(swap_bytes))]
+        {
+            pool.allocate(&name.parse().unwrap(), RegionSpec { kind, size, medium: medium_of(kind) }).unwrap();
+        }
+        let (sender, events) = mpsc::channel();
+        Self { _directory: directory, pool, swap_bytes, events, sender }
+    }
+
+    fn region(&self, name: &str) -> Arc<Region> {
+        Arc::new(Region::open(self.pool.lease(&name.parse().unwrap()).unwrap()).unwrap())
+    }
+
+    fn try_pager(&self, tables: Option<u32>) -> Result<Pager, PagingError> {
+        let sender = Mutex::new(self.sender.clone());
+        let events: PagingEvents = Arc::new(move |event| drop(sender.lock().unwrap().send(event)));
+        let (ram, swap) = (self.region("vm/ram"), self.region("vm/swap"));
+        Pager::start(Plan { geometry: geometry(), ram, swap, swap_bytes: self.swap_bytes, tables, events })
+    }
+
+    fn pager(&self, tables: Option<u32>) -> Pager {
+        self.try_pager(tables).unwrap()
+    }
+
+    fn file(&self, name: &str) -> std::fs::File {
+        let region = self.region(name);
+        std::fs::File::options().read(true).write(true).open(region.path()).unwrap()
+    }
+}
+
+fn word(pager: &Pager, page: u64) -> *mut u64 {
+    // SAFETY: below, pages are numbers of pages of the memory.
+    unsafe { pager.as_ptr().add((page * PAGE_SIZE + 8 * (page % 500)) as usize).cast() }
+}
+
+fn read(pager: &Pager, page: u64) -> u64 {
+    // SAFETY: within the memory, which outlives the read.
+    unsafe { word(pager, page).read_volatile() }
+}
+
+fn write(pager: &Pager, page: u64, value: u64) {
+    // SAFETY: within the memory; a page belongs to one thread of a test.
+    unsafe { word(pager, page).write_volatile(value) }
+}
+
+/// Numbers that look random (xorshift64).
+struct Draw(u64);
+
+impl Draw {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+/// A guest that knows what it wrote: reads and writes pages `first`, `first + step`, … at random.
+fn walk(pager: &Pager, model: &mut [u64], (first, step): (u64, u64), seed: u64, accesses: usize) {
+    let mut draw = Draw(seed);
+    let pages = (MEMORY / PAGE_SIZE - first).div_ceil(step);
+    for access in 0..accesses as u64 {
+        let page = first + step * (draw.next() % pages);
+        assert_eq!(read(pager, page), model[page as usize], "page {page}, access {access}");
+        if draw.next().is_multiple_of(2) {
+            let value = draw.next();
+            write(pager, page, value);
+            model[page as usize] = value;
+        }
+    }
+}
+
+fn outages(medium: MediumKind) {
+    let home = Home::new(medium, MEMORY);
+    let mut model = vec![0; (MEMORY / PAGE_SIZE) as usize];
+    let mut tables = None;
+    for outage in 0..6 {
+        let pager = home.pager(tables);
+        walk(&pager, &mut model, (0, 1), 7 + outage, 3000);
+        pager.hold();
+        let before = pager.status();
+        assert!(before.resident <= u64::from(geometry().frames()));
+        if outage > 0 {
+            assert!(before.hard_faults > 0 && before.soft_faults > 0 && before.written > 0, "{before:?}");
+            assert!(before.swapped > 0 && before.residence() < 50.0, "{before:?}");
+        }
+        let frames: Vec<_> = {
+            let state = pager.shared.state();
+            (0..geometry().clusters()).map(|cluster| state.frames.frame_of(cluster)).collect()
+        };
+        tables = Some(pager.persist().unwrap().0);
+        drop(pager);
+        let pager = home.pager(tables);
+        let after: Vec<_> = {
+            let state = pager.shared.state();
+            (0..geometry().clusters()).map(|cluster| state.frames.frame_of(cluster)).collect()
+        };
+        assert_eq!(after, frames, "the same clusters are in the same frames");
+        assert_eq!(pager.status().swapped, before.swapped);
+    }
+    assert!(home.events.try_recv().is_err(), "nothing to tell");
+}
+
+#[test]
+fn a_guest_four_times_its_ram_finds_every_byte_through_outages_on_a_file() {
+    outages(MediumKind::File);
+}
+
+#[test]
+fn a_guest_four_times_its_ram_finds_every_byte_through_outages_on_nvdimm() {
+    outages(MediumKind::Nvdimm);
+}
+
+#[test]
+fn several_cpus_copies_and_freezes_meet_and_nothing_is_lost() {
+    let home = Home::new(MediumKind::File, MEMORY);
+    let pager = home.pager(None);
+    let done = AtomicBool::new(false);
+    let models: Vec<Vec<u64>> = std::thread::scope(|scope| {
+        let walkers: Vec<_> = (0..3_u64)
+            .map(|cpu| {
+                let pager = &pager;
+                scope.spawn(move || {
+                    let mut model = vec![0; (MEMORY / PAGE_SIZE) as usize];
+                    walk(pager, &mut model, (cpu, 3), 99 + cpu, 4000);
+                    model
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            let mut bytes = vec![0; 5 * CLUSTER as usize];
+            let mut draw = Draw(5);
+            while !done.load(Ordering::SeqCst) {
+                let at = draw.next() % (MEMORY - bytes.len() as u64);
+                pager.read(at, &mut bytes).unwrap();
+                pager.hold();
+                std::thread::sleep(Duration::from_micros(300));
+                pager.go_on();
+            }
+        });
+        let models = walkers.into_iter().map(|walker| walker.join().unwrap()).collect();
+        done.store(true, Ordering::SeqCst);
+        models
+    });
+    // All of it once more, without bringing it in, and with.
+    let mut copy = vec![0; MEMORY as usize];
+    pager.read(0, &mut copy).unwrap();
+    for page in 0..MEMORY / PAGE_SIZE {
+        let value = models[(page % 3) as usize][page as usize];
+        let at = (page * PAGE_SIZE + 8 * (page % 500)) as usize;
+        assert_eq!(u64::from_le_bytes(copy[at..at + 8].try_into().unwrap()), value, "page {page}, copied");
+        pager.bring_in(page * PAGE_SIZE, PAGE_SIZE).unwrap();
+        assert_eq!(read(&pager, page), value, "page {page}");
+    }
+    assert!(pager.read(MEMORY - 1, &mut [0; 2]).is_err() && pager.bring_in(u64::MAX, 2).is_err());
+}
+
+#[test]
+fn a_sequence_is_read_ahead_and_what_did_not_change_is_not_written_again() {
+    let home = Home::new(MediumKind::File, MEMORY);
+    let pager = home.pager(None);
+    let pages = MEMORY / PAGE_SIZE;
+    (0..pages).for_each(|page| write(&pager, page, page + 1));
+    for _ in 0..4 {
+        (0..pages).for_each(|page| assert_eq!(read(&pager, page), page + 1));
+    }
+    let status = pager.status();
+    assert!(status.read_ahead > status.hard_faults, "{status:?}");
+    assert!(status.dropped > 2 * status.written, "{status:?}");
+}
+
+#[test]
+fn what_the_guest_needs_no_more_is_zeros_and_takes_no_room() {
+    let home = Home::new(MediumKind::File, MEMORY);
+    let pager = home.pager(None);
+    let pages = MEMORY / PAGE_SIZE;
+    (0..pages).for_each(|page| write(&pager, page, page + 1));
+    pager.discard(CLUSTER + 1, MEMORY - CLUSTER - 1).unwrap();
+    let status = pager.status();
+    assert!(status.resident + status.swapped <= 2 && status.slots_used <= 2, "{status:?}");
+    let kept = 2 * CLUSTER / PAGE_SIZE;
+    (0..pages).for_each(|page| assert_eq!(read(&pager, page), if page < kept { page + 1 } else { 0 }));
+    assert!(pager.discard(0, u64::MAX).is_err());
+}
+
+#[test]
+fn a_full_swap_region_makes_the_guest_wait_until_there_is_room_and_loses_nothing() {
+    let home = Home::new(MediumKind::File, 16 * CLUSTER);
+    let pager = home.pager(None);
+    let pages = MEMORY / PAGE_SIZE;
+    let progress = std::sync::atomic::AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let guest = scope.spawn(|| {
+            for page in 0..pages {
+                write(&pager, page, page + 1);
+                progress.store(page, Ordering::SeqCst);
+            }
+        });
+        let told = home.events.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert!(matches!(told, PagingEvent::SwapFull), "{told:?}");
+        let stood = progress.load(Ordering::SeqCst);
+        assert!(stood < pages * 2 / 3, "48 clusters of 128 have room: {stood}");
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!guest.is_finished() && home.events.try_recv().is_err(), "told once");
+        // Room comes: the guest's first clusters, again and again.
+        let begun = Instant::now();
+        while !guest.is_finished() && begun.elapsed() < Duration::from_secs(20) {
+            let behind = progress.load(Ordering::SeqCst).saturating_sub(20 * CLUSTER / PAGE_SIZE) * PAGE_SIZE;
+            pager.discard(0, behind).unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        guest.join().unwrap();
+    });
+    let kept = pages - 10 * CLUSTER / PAGE_SIZE;
+    (kept..pages).for_each(|page| assert_eq!(read(&pager, page), page + 1));
+}
+
+#[test]
+fn a_damaged_slot_is_named_and_never_zeros_and_the_rest_lives_on() {
+    let home = Home::new(MediumKind::File, MEMORY);
+    let pager = home.pager(None);
+    let pages = MEMORY / PAGE_SIZE;
+    (0..pages).for_each(|page| write(&pager, page, page + 1));
+    pager.hold();
+    let (cluster, slot) = {
+        let state = pager.shared.state();
+        let gone = |cluster: &u32| state.frames.frame_of(*cluster).is_none() && state.slots.of(*cluster).is_some();
+        let cluster = (5..geometry().clusters()).find(gone).unwrap();
+        (cluster, state.slots.of(cluster).unwrap().number)
+    };
+    let tables = Some(pager.persist().unwrap().0);
+    drop(pager);
+    let region = home.region("vm/swap");
+    let layout = Layout::new(geometry(), geometry().slots(MEMORY));
+    let at = region.data_offset() + layout.slot_at(slot) + 1234;
+    drop(region);
+    let file = home.file("vm/swap");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+
+    let pager = home.pager(tables);
+    let lost = u64::from(cluster) * CLUSTER;
+    let error = pager.bring_in(lost, 1).unwrap_err().to_string();
+    assert!(error.contains(&format!("{lost:#x}")) && error.contains(&format!("slot {slot}")), "{error}");
+    assert!(matches!(home.events.recv().unwrap(), PagingEvent::Lost(_)));
+    assert!(pager.read(lost + 5, &mut [0; 8]).is_err());
+    let per_cluster = CLUSTER / PAGE_SIZE;
+    for page in (0..pages).filter(|page| page / per_cluster != u64::from(cluster)) {
+        assert_eq!(read(&pager, page), page + 1);
+    }
+}
+
+#[test]
+fn tables_that_were_altered_or_are_of_another_freeze_are_refused() {
+    let home = Home::new(MediumKind::File, MEMORY);
+    let pager = home.pager(None);
+    (0..MEMORY / PAGE_SIZE).for_each(|page| write(&pager, page, page + 1));
+    pager.hold();
+    let digest = pager.persist().unwrap().0;
+    drop(pager);
+    assert!(matches!(home.try_pager(Some(digest ^ 1)), Err(PagingError::Tables { .. })));
+    let region = home.region("vm/swap");
+    let start = region.data_offset();
+    drop(region);
+    let file = home.file("vm/swap");
+    for at in [0, 5, 9, 700, 4096, 4096 + 4, 4096 + 40].map(|at| start + at) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[!byte[0]], at).unwrap();
+        assert!(matches!(home.try_pager(Some(digest)), Err(PagingError::Tables { .. })), "byte {at}");
+        file.write_all_at(&byte, at).unwrap();
+    }
+    assert!(home.try_pager(Some(digest)).is_ok());
+}
+
+#[test]
+fn less_ram_may_be_used_from_now_on_and_more_again() {
+    let home = Home::new(MediumKind::File, MEMORY);
+    let pager = home.pager(None);
+    let mut model = vec![0; (MEMORY / PAGE_SIZE) as usize];
+    // The least there can be is all that there is here: room for less is made by a larger region.
+    assert_eq!(Geometry::least_ram(MEMORY), RAM);
+    assert!(Geometry::new(MEMORY, RAM - 1).is_none() && Geometry::new(MEMORY + 1, RAM).is_none());
+    pager.set_ram(0);
+    walk(&pager, &mut model, (0, 1), 3, 1000);
+    assert_eq!(pager.status().frames, u64::from(geometry().frames()));
+    pager.set_ram(u64::MAX);
+    walk(&pager, &mut model, (0, 1), 4, 1000);
+}
