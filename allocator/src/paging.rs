@@ -379,7 +379,8 @@ pub struct Plan {
 }
 
 impl Pager {
-    /// Begins to page. Nothing is written before somebody accesses the memory.
+    /// Begins to page, held: nothing that a context may still be about is touched before [`Pager::go_on`], or before somebody accesses the
+    /// memory.
     ///
     /// # Errors
     /// [`PagingError`].
@@ -453,6 +454,14 @@ impl Pager {
     /// [`PagingError`].
     pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PagingError> {
         self.shared.read(offset, into)
+    }
+
+    /// Copies bytes into memory, while no guest runs in it.
+    ///
+    /// # Errors
+    /// [`PagingError`].
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), PagingError> {
+        self.shared.write(offset, bytes)
     }
 
     /// The guest needs these bytes no more: whole clusters of them are zeros from now on, and are in no frame and no slot.
@@ -548,7 +557,7 @@ impl State {
             ahead: VecDeque::new(),
             to_place: Vec::new(),
             busy: 0,
-            held: false,
+            held: true,
             ended: false,
             deaf: false,
             reclaim_at: 0,
@@ -633,6 +642,21 @@ impl Shared {
             }
             state = self.wait(state);
         }
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), PagingError> {
+        let size = self.geometry.cluster;
+        let (mut at, mut rest) = (offset, bytes);
+        self.clusters_of(offset, bytes.len() as u64)?;
+        while !rest.is_empty() {
+            let here = usize::try_from(size - at % size).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at(here);
+            self.ask_for(u32::try_from(at / size).unwrap_or(u32::MAX))?;
+            let copied = self.memory.copy_in(at, now);
+            copied.map_err(|source| PagingError::System { doing: "write guest memory", source })?;
+            (at, rest) = (at + here as u64, later);
+        }
+        Ok(())
     }
 
     fn lost(&self, state: &State, cluster: u32, source: Option<PagingError>) -> PagingError {

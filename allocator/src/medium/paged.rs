@@ -140,6 +140,21 @@ impl PagedMemory {
         Ok(())
     }
 
+    /// Copies bytes to memory. Waits for what is not there.
+    ///
+    /// # Errors
+    /// `InvalidInput`: not all of it is in the memory.
+    pub fn copy_in(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let start = usize::try_from(offset)
+            .ok()
+            .filter(|start| start.checked_add(bytes.len()).is_some_and(|end| end <= self.length));
+        let start = start.ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the range lies in the addresses that this owns, all of which are writable, or wait; `bytes` is memory of our own and
+        // overlaps nothing of a guest's, into which there are no references.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.as_ptr().add(start), bytes.len()) };
+        Ok(())
+    }
+
     /// Where `count` clusters from `cluster` on lie: offset and bytes; the last one of all may be shorter.
     fn range(&self, cluster: u32, count: u32) -> io::Result<(usize, usize)> {
         let start = self.cluster.checked_mul(cluster as usize).filter(|start| *start < self.length);

@@ -116,7 +116,7 @@ impl Shared {
             return false;
         }
         let mut fates = self.judge(&victims, buffer);
-        self.write(&victims, &mut fates, buffer);
+        self.swap_out(&victims, &mut fates, buffer);
         self.finish(&victims, &fates)
     }
 
@@ -180,7 +180,7 @@ impl Shared {
     }
 
     /// Writes what is to be written, neighbouring slots at once. What cannot be stays.
-    fn write(&self, victims: &[u32], fates: &mut [Fate], buffer: &Buffer) {
+    fn swap_out(&self, victims: &[u32], fates: &mut [Fate], buffer: &Buffer) {
         let size = usize::try_from(self.geometry.cluster).unwrap_or(0);
         let slot_of = |fate: &Fate| if let Fate::Written { slot, .. } = fate { Some(*slot) } else { None };
         let mut at = 0;

@@ -53,7 +53,9 @@ impl Home {
     }
 
     fn pager(&self, tables: Option<u32>) -> Pager {
-        self.try_pager(tables).unwrap()
+        let pager = self.try_pager(tables).unwrap();
+        pager.go_on();
+        pager
     }
 
     fn file(&self, name: &str) -> std::fs::File {

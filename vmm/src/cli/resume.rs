@@ -112,7 +112,7 @@ fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>, lazy: bool) -> anyh
     if back.is_none() && doubt.is_none() {
         return Ok(Prepared { regions, restored: false });
     }
-    let mut progress = Progress::new(format!("restoring {name} ({})", output::bytes(regions.ram().size())));
+    let mut progress = Progress::new(format!("restoring {name} ({})", output::bytes(regions.config().memory.0)));
     let mut on_progress = |done, total| progress.pages(done, total);
     let mut pages = if lazy && can_be_lazy() { Pages::Later } else { Pages::Now(&mut on_progress) };
     let restored = match back {

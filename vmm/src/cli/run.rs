@@ -15,7 +15,7 @@ use crate::supervisor::{Ended, Supervisor};
 
 /// Start a virtual machine.
 ///
-/// A new NAME gets regions for its memory (NAME/ram) and its context (NAME/context) in the pool. A NAME that is there, and
+/// A new NAME gets regions for its memory (NAME/ram, and NAME/swap where --ram is less than --memory) and its context (NAME/context) in the pool. A NAME that is there, and
 /// whose guest has ended, is started anew with what it is made of, except for what is given here. Without NAME a fresh one
 /// is made up and printed; such a VM is removed when its guest powers off, and stays when it is frozen.
 #[derive(Debug, clap::Args)]
@@ -23,6 +23,7 @@ use crate::supervisor::{Ended, Supervisor};
 Examples:
   perdure run                                           the embedded guest 'counter', on this terminal
   perdure run web --kernel vmlinuz --initrd initrd --cmdline 'console=ttyS0' --memory 1G --cpus 2
+  perdure run big --guest memwalk --cmdline 'ws=1G' --memory 2G --ram 512M --serial none --detach
   perdure run web --guest memwalk --cmdline 'pattern=zipf ws=64M' --serial none --detach
 
 On a terminal all keys go to the guest; Ctrl-] leaves the VM running in the background.")]
@@ -47,6 +48,12 @@ pub(super) struct Args {
     /// Memory, as in 512M or 4G [default: 512M]
     #[arg(long, value_name = "SIZE")]
     memory: Option<ByteSize>,
+    /// How much of the memory may be in RAM at a time; the rest is swapped out [default: all]
+    #[arg(long, value_name = "SIZE")]
+    ram: Option<ByteSize>,
+    /// How much memory can be swapped out [default: as much as there is]
+    #[arg(long, value_name = "SIZE")]
+    swap: Option<ByteSize>,
     /// What its regions lie on: file, dax or nvdimm [default: the pool's]
     #[arg(long, value_name = "MEDIUM")]
     medium: Option<MediumKind>,
@@ -132,13 +139,17 @@ fn startable(pool: &Pool, name: &str) -> anyhow::Result<Option<VmRegions>> {
 
 fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions> {
     let mut regions = startable(pool, name)?.ok_or_else(|| RegionsError::NoSuchVm(name.to_owned()))?;
-    let (size, medium) = (regions.ram().size(), regions.medium());
-    if config.memory.0 != size {
-        bail!(
-            "VM {name} has {} of memory, not {}: that cannot change; `perdure remove {name}` first",
-            ByteSize(size),
-            config.memory
-        );
+    let medium = regions.medium();
+    let shape = |config: &VmConfig| match config.geometry() {
+        Some(_) => {
+            let (ram, swap) = (ByteSize(config.ram_bytes()), ByteSize(config.swap_bytes()));
+            format!("{} of memory, {ram} of RAM and {swap} of swap", config.memory)
+        }
+        None => format!("{} of memory, all of it RAM", config.memory),
+    };
+    let (has, wanted) = (shape(regions.config()), shape(config));
+    if has != wanted {
+        bail!("VM {name} has {has}, not {wanted}: that cannot change; `perdure remove {name}` first");
     }
     if config.medium.is_some_and(|wanted| wanted != medium) {
         bail!("VM {name} lies on {medium}: that cannot change; `perdure remove {name}` first");
@@ -173,6 +184,8 @@ impl Args {
         }
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);
+        config.ram = self.ram.or(config.ram);
+        config.swap = self.swap.or(config.swap);
         config.medium = self.medium.or(config.medium);
         config.clock = self.clock.unwrap_or(config.clock);
         match &self.serial {

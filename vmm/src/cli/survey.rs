@@ -142,7 +142,7 @@ impl Survey {
             Ok(()) => {
                 self.state = VmState::Frozen;
                 if let Some(restoring) = regions.context().standing.restoring() {
-                    let (present, clusters) = restoring.progress(regions.ram().size());
+                    let (present, clusters) = restoring.progress(regions.config().memory.0);
                     self.restoring(&restoring.generation, present, clusters);
                 }
             }

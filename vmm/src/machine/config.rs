@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use allocator::MediumKind;
+use allocator::paging::Geometry;
 use serde::{Deserialize, Serialize};
 
 use super::memory::PAGE_SIZE;
@@ -130,6 +131,12 @@ pub struct VmConfig {
     pub cpus: u32,
     /// How much memory the guest sees.
     pub memory: ByteSize,
+    /// How much of it may be in RAM at a time; all of it if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram: Option<ByteSize>,
+    /// How much of it may be swapped out; as much as there is memory if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub swap: Option<ByteSize>,
     /// Where its regions lie; the pool's default if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub medium: Option<MediumKind>,
@@ -156,6 +163,8 @@ impl Default for VmConfig {
         Self {
             cpus: 1,
             memory: ByteSize(512 << 20),
+            ram: None,
+            swap: None,
             medium: None,
             kernel: Kernel::Guest("counter".to_owned()),
             cmdline: String::new(),
@@ -177,6 +186,21 @@ pub enum ConfigError {
     /// Too little memory, too much, or not whole pages.
     #[error("--memory {0}: a VM has from {MIN_MEMORY} to {MAX_MEMORY} of memory, in whole pages of 4K")]
     Memory(ByteSize),
+    /// RAM that is too little or too much.
+    #[error("--ram {ram}: a VM with {memory} of memory has from {least} of RAM to as much as it has memory")]
+    Ram {
+        /// Asked for.
+        ram: ByteSize,
+        /// As given.
+        memory: ByteSize,
+        /// The least.
+        least: ByteSize,
+    },
+    /// Swap without need, or too little.
+    #[error(
+        "--swap {0}: swap is for a VM with less --ram than --memory, and has {MIN_SWAP} at least, in whole pages of 4K"
+    )]
+    Swap(ByteSize),
     /// An embedded guest that there is not.
     #[error("there is no embedded guest '{name}'; there are: {known}")]
     Guest {
@@ -199,6 +223,8 @@ pub const MIN_INTERVAL_MS: u64 = 10;
 pub const MAX_CPUS: u32 = 254;
 /// Enough for the tables that a boot needs.
 pub const MIN_MEMORY: ByteSize = ByteSize(2 << 20);
+/// A few clusters.
+pub const MIN_SWAP: ByteSize = ByteSize(1 << 20);
 /// 64 TiB: what 46 physical address bits reach.
 pub const MAX_MEMORY: ByteSize = ByteSize(1 << 46);
 
@@ -215,6 +241,7 @@ impl VmConfig {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&memory) || !memory.0.is_multiple_of(PAGE_SIZE) {
             return Err(ConfigError::Memory(memory));
         }
+        self.validate_ram()?;
         if let Some(interval) = self.snapshot_every_ms.filter(|interval| *interval < MIN_INTERVAL_MS) {
             return Err(ConfigError::Interval(interval));
         }
@@ -228,6 +255,41 @@ impl VmConfig {
             }
             _ => Ok(()),
         }
+    }
+
+    fn validate_ram(&self) -> Result<(), ConfigError> {
+        let memory = self.memory;
+        if let Some(ram) = self.ram {
+            let least = ByteSize(Geometry::least_ram(memory.0).min(memory.0));
+            let fits = ram <= memory && ram.0.is_multiple_of(PAGE_SIZE);
+            if !fits || (ram < memory && Geometry::new(memory.0, ram.0).is_none()) {
+                return Err(ConfigError::Ram { ram, memory, least });
+            }
+        }
+        match self.swap {
+            Some(swap) if self.geometry().is_none() || swap < MIN_SWAP || !swap.0.is_multiple_of(PAGE_SIZE) => {
+                Err(ConfigError::Swap(swap))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How memory is divided, if not all of it is RAM.
+    #[must_use]
+    pub fn geometry(&self) -> Option<Geometry> {
+        self.ram.filter(|ram| *ram < self.memory).and_then(|ram| Geometry::new(self.memory.0, ram.0))
+    }
+
+    /// Bytes of the RAM region.
+    #[must_use]
+    pub fn ram_bytes(&self) -> u64 {
+        self.ram.unwrap_or(self.memory).0
+    }
+
+    /// Bytes of memory that can be swapped out, where not all of it is RAM.
+    #[must_use]
+    pub fn swap_bytes(&self) -> u64 {
+        self.swap.unwrap_or(self.memory).0
     }
 }
 
@@ -270,6 +332,12 @@ mod tests {
         refuse(VmConfig { cpus: 0, ..VmConfig::default() }, "--cpus 0");
         refuse(VmConfig { cpus: 255, ..VmConfig::default() }, "--cpus 255");
         refuse(VmConfig { memory: ByteSize(4097 << 10 | 1), ..VmConfig::default() }, "--memory");
+        refuse(VmConfig { ram: Some(ByteSize(1 << 20)), ..VmConfig::default() }, "from 2M of RAM");
+        refuse(VmConfig { ram: Some(ByteSize(1 << 30)), ..VmConfig::default() }, "--ram 1G");
+        refuse(VmConfig { swap: Some(ByteSize(1 << 30)), ..VmConfig::default() }, "--swap 1G");
+        let paged = VmConfig { ram: Some(ByteSize(64 << 20)), ..VmConfig::default() };
+        refuse(VmConfig { swap: Some(ByteSize(4096)), ..paged.clone() }, "--swap 4K");
+        assert_eq!((paged.validate(), paged.geometry().map(|geometry| geometry.frames())), (Ok(()), Some(1024)));
         refuse(VmConfig { kernel: Kernel::Guest("nobody".into()), ..VmConfig::default() }, "counter");
         refuse(VmConfig { snapshot_every_ms: Some(0), ..VmConfig::default() }, "--snapshot-every 0");
         refuse(VmConfig { cmdline: "a\0b".into(), ..VmConfig::default() }, "zero byte");

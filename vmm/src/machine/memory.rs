@@ -39,6 +39,21 @@ pub unsafe trait HostMemory: Send + Sync + std::fmt::Debug {
         let _ = (offset, length);
         Ok(())
     }
+    /// Makes sure that the VMM can access any of it in any order.
+    ///
+    /// # Errors
+    /// As [`HostMemory::bring_in`].
+    fn bring_all_in(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.bring_in(0, self.len() as u64)
+    }
+    /// Copies bytes out, wherever they are, without bringing them in. `false`: there is no such way; bring them in and read them.
+    ///
+    /// # Errors
+    /// They cannot be had.
+    fn copy_out(&self, offset: u64, into: &mut [u8]) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
+        let _ = (offset, into);
+        Ok(false)
+    }
 }
 
 // SAFETY: a Mapping unmaps only when it is dropped, does not move, and hands out no references into the memory.
@@ -185,6 +200,12 @@ impl GuestRam {
         let count = into.len() as u64 / PAGE_SIZE;
         let beyond = || MemoryError::Read { first, count, pages: self.pages() };
         let mut at = first.checked_mul(PAGE_SIZE).ok_or_else(beyond)?;
+        if first + count > self.pages() {
+            return Err(beyond());
+        }
+        if self.host.copy_out(at, into).map_err(MemoryError::Absent)? {
+            return Ok(());
+        }
         self.host.bring_in(at, into.len() as u64).map_err(MemoryError::Absent)?;
         let mut rest = into;
         for range in &self.ranges {
@@ -205,7 +226,7 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError::Absent`].
     pub fn bring_in(&self) -> Result<(), MemoryError> {
-        self.host.bring_in(0, self.pages() * PAGE_SIZE).map_err(MemoryError::Absent)
+        self.host.bring_all_in().map_err(MemoryError::Absent)
     }
 
     /// Who sees the guest's writes.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use allocator::{Region, RegionError, frame};
 
+use super::paging::PagedV1;
 use super::restoring::RestoringV1;
 use crate::machine::MachineStateV1;
 use crate::machine::config::VmConfig;
@@ -61,9 +62,21 @@ pub struct FrozenV1 {
     /// RAM is not all in its region yet. Never so in a generation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restoring: Option<RestoringV1>,
+    /// Not all of memory is in RAM. Never so in a generation, which holds it in one piece.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paged: Option<PagedV1>,
 }
 
 impl Standing {
+    /// Where memory is that is not all in RAM, if it was frozen.
+    #[must_use]
+    pub fn paged(&self) -> Option<PagedV1> {
+        match self {
+            Self::Frozen(frozen) => frozen.paged,
+            Self::Created | Self::Ended { .. } => None,
+        }
+    }
+
     /// The restore that is under way, if there is one.
     #[must_use]
     pub fn restoring(&self) -> Option<&RestoringV1> {

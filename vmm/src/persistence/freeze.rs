@@ -8,6 +8,7 @@
 //!   devices    device state                                 before the interrupt controller: a device may still raise
 //!   cpus       vCPUs, interrupt controller, clock           after devices, see above
 //!   restoring  how far a restore that is under way is       before persist: what it says is there must be flushed
+//!              (paged memory: nothing moves any more)       after stop: until then a vCPU may wait for what is moved
 //!   persist    regions reach their medium                   before the context: a context must never name unsaved RAM
 //!   context    the other slot is written, durable           before the stamp: a stamp must never name a missing context
 //!   stamp      clean@N in the RAM region's header, durable  last: it is what makes the context count
@@ -25,7 +26,8 @@ use allocator::RegionError;
 use serde::{Deserialize, Serialize};
 
 use super::context::{self, ConsoleStateV1, ContextError, ContextV1, Encoded, FrozenV1, Standing};
-use super::regions::VmRegions;
+use super::paging::Persisted;
+use super::regions::{RegionsError, VmRegions};
 use crate::machine::time::nanoseconds;
 use crate::machine::{Machine, MachineError, MachineStateV1};
 
@@ -118,6 +120,9 @@ pub enum FreezeError {
     /// The RAM region: persisting it, or its stamp.
     #[error(transparent)]
     Region(#[from] RegionError),
+    /// Memory that is paged, or another region.
+    #[error(transparent)]
+    Regions(#[from] RegionsError),
     /// The context.
     #[error(transparent)]
     Context(#[from] ContextError),
@@ -140,12 +145,13 @@ pub fn freeze(
     let StillSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns } = still;
     let mut took = FreezeSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns, ..FreezeSteps::default() };
 
+    regions.hold_paging(true);
     let restoring = regions.restoring();
-    let persisted = regions.persist_ram()?;
+    let Persisted { bytes, paged } = regions.persist_memory()?;
     took.persist_ns = steps.next()?;
 
     let sequence = regions.next_sequence();
-    let frozen = FrozenV1 { machine: state, console: surroundings.save(), restoring };
+    let frozen = FrozenV1 { machine: state, console: surroundings.save(), restoring, paged };
     let context = ContextV1 {
         sequence,
         written_ns: context::now_ns(),
@@ -166,7 +172,7 @@ pub fn freeze(
         total_ns: nanoseconds(signalled.elapsed()),
         flush_ns: took.persist_ns + took.context_ns + took.stamp_ns,
         steps: took,
-        bytes: persisted,
+        bytes,
         context_bytes: encoded.len() as u64,
         holdup_left_ns: None,
     })
@@ -223,6 +229,7 @@ pub fn thaw(
     // Durably, before any vCPU runs: from then on RAM is no longer that of the context.
     regions.clear_stamp()?;
     regions.hold_restore(false);
+    regions.hold_paging(false);
     let_go(machine, surroundings, vcpus)
 }
 

@@ -5,6 +5,7 @@ pub mod context;
 pub mod freeze;
 pub mod generations;
 pub mod lifecycle;
+pub mod paging;
 pub mod recovery;
 pub mod regions;
 pub mod restoring;

@@ -5,12 +5,14 @@
 
 use std::sync::Arc;
 
+use allocator::paging::{Pager, PagingError, PagingEvents};
 use allocator::{
     Dirty, Kind, LeaseError, Mapping, MediumKind, NameError, Pool, PoolError, Region, RegionError, RegionName,
     RegionSpec,
 };
 
 use super::context::{self, ContextError, ContextV1, Encoded, Slots, Standing};
+use super::paging::{self, Memory, PagedMemory as Paged, Persisted};
 use super::restoring::{PagedMemory, Paging, Restoring, RestoringError, RestoringV1};
 use crate::machine::config::VmConfig;
 use crate::machine::kvm::Host;
@@ -70,6 +72,9 @@ pub enum RegionsError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Memory that is paged.
+    #[error(transparent)]
+    Paging(#[from] PagingError),
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -83,7 +88,7 @@ pub enum RegionsError {
     Unfinished(String),
     /// The context is of another VM than the region.
     #[error(
-        "the context of VM {name} says that it has {} bytes of memory, its RAM region has {region}: nothing was altered", .config
+        "the context of VM {name} says that it has {} bytes of RAM, its RAM region has {region}: nothing was altered", .config
     )]
     Mismatch {
         /// Which.
@@ -108,10 +113,15 @@ fn in_words(found: &[String]) -> String {
 }
 
 /// The regions of a VM.
-#[derive(Debug)]
 pub struct VmRegions {
     name: String,
     ram: Arc<Region>,
+    /// Where memory lies that is not in RAM, if the VM has less of that than memory.
+    swap: Option<Arc<Region>>,
+    pager: Option<Arc<Pager>>,
+    /// Memory is zeros, whatever the context says.
+    fresh: bool,
+    paging_events: PagingEvents,
     mapping: Option<Arc<Mapping>>,
     placed: Option<Arc<GuestRam>>,
     restoring: Option<Restoring>,
@@ -154,14 +164,19 @@ impl VmRegions {
     fn create_with(pool: &Pool, name: &str, config: &VmConfig, clean: bool) -> Result<Self, RegionsError> {
         let (ram, context) = (region_name(name, "ram")?, region_name(name, "context")?);
         let spec = |kind, size| RegionSpec { kind, size, medium: config.medium };
-        let wanted = [
-            (ram.clone(), spec(Kind::Ram, config.memory.0)),
-            (context.clone(), spec(Kind::Context, context::region_size(config.cpus))),
-        ];
+        let mut wanted = vec![(ram.clone(), spec(Kind::Ram, config.ram_bytes()))];
+        if let Some(geometry) = config.geometry() {
+            // Plentiful storage, whatever RAM lies on.
+            let (size, medium) = (geometry.swap_region(config.swap_bytes()), Some(MediumKind::File));
+            wanted.push((region_name(name, "swap")?, RegionSpec { kind: Kind::Swap, size, medium }));
+        }
+        // The context last: a VM that has one has all.
+        wanted.push((context.clone(), spec(Kind::Context, context::region_size(config.cpus))));
         for (name, spec) in &wanted {
             pool.allocate(name, *spec)?;
         }
         let (leased_ram, context_region) = (lease(pool, name, &ram)?, lease(pool, name, &context)?);
+        let swap = lease_swap(pool, name, config)?;
         let slots = Slots::read(&context_region)?;
         if !slots.is_empty() {
             // Another process made it since somebody looked.
@@ -180,11 +195,11 @@ impl VmRegions {
             if clean {
                 ram.stamp_clean(context.sequence)?;
             }
-            Ok(Self::held(name.to_owned(), ram, context_region, context, Vec::new()))
+            Ok(Self::held(name.to_owned(), ram, swap, context_region, context, Vec::new()))
         };
         let result = made();
         if result.is_err() {
-            for name in [ram, context] {
+            for (name, _) in wanted {
                 let _ = pool.free(&name);
             }
         }
@@ -192,10 +207,21 @@ impl VmRegions {
     }
 
     /// Leased regions of which nothing is mapped yet.
-    fn held(name: String, ram: Region, context_region: Region, context: ContextV1, damage: Vec<String>) -> Self {
+    fn held(
+        name: String,
+        ram: Region,
+        swap: Option<Arc<Region>>,
+        context_region: Region,
+        context: ContextV1,
+        damage: Vec<String>,
+    ) -> Self {
         Self {
             name,
             ram: Arc::new(ram),
+            swap,
+            pager: None,
+            fresh: false,
+            paging_events: Arc::new(|event| tracing::warn!("memory: {event:?}")),
             mapping: None,
             placed: None,
             restoring: None,
@@ -224,11 +250,12 @@ impl VmRegions {
         let context =
             slots.newest().ok_or_else(|| RegionsError::NoContext { name: name.to_owned(), damage: damage.clone() })?;
         let name = name.to_owned();
-        let (config, region) = (context.config.memory.0, ram.size());
+        let (config, region) = (context.config.ram_bytes(), ram.size());
         if config != region {
             return Err(RegionsError::Mismatch { name, config, region });
         }
-        Ok(Self::held(name, ram, context_region, context, damage))
+        let swap = lease_swap(pool, &name, &context.config)?;
+        Ok(Self::held(name, ram, swap, context_region, context, damage))
     }
 
     /// Leases the regions of a VM whose context cannot be read, to restore them from a generation. `config` says what it is made of.
@@ -243,8 +270,14 @@ impl VmRegions {
         // RAM may still be stamped with the lost context's number: this must not be taken for it.
         let lost = ram.is_clean().or(ram.doubtful_stamp()).unwrap_or(0);
         let standing = Standing::Ended { how: "its context was lost".to_owned() };
+        let swap = lease_swap(pool, name, &config)?;
         let context = ContextV1 { sequence: lost.saturating_add(1), written_ns: 0, config, standing };
-        Ok(Self::held(name.to_owned(), ram, context_region, context, damage))
+        Ok(Self::held(name.to_owned(), ram, swap, context_region, context, damage))
+    }
+
+    /// Says who is told of memory that is paged; before [`VmRegions::assemble`].
+    pub fn tell_of_paging(&mut self, events: PagingEvents) {
+        self.paging_events = events;
     }
 
     /// The VM's name.
@@ -306,6 +339,7 @@ impl VmRegions {
     /// # Errors
     /// [`RegionsError::Region`].
     pub fn prepare_to_boot(&mut self) -> Result<(), RegionsError> {
+        self.fresh = true;
         if self.is_clean() && self.context.standing == Standing::Created {
             return Ok(());
         }
@@ -334,6 +368,8 @@ impl VmRegions {
             (Machine::assemble(host, self.config(), ram, wiring), clearing.join())
         });
         cleared.map_err(|_| RegionsError::Interrupted(self.name.clone()))??;
+        // Not before: what is moved is no context's any more.
+        self.hold_paging(false);
         Ok(machine?)
     }
 
@@ -367,35 +403,77 @@ impl VmRegions {
         }
     }
 
+    /// Memory stays where it is, or may move again.
+    pub fn hold_paging(&self, held: bool) {
+        match &self.pager {
+            Some(pager) if held => pager.hold(),
+            Some(pager) => pager.go_on(),
+            None => {}
+        }
+    }
+
+    /// What pages the memory, if it is paged.
+    #[must_use]
+    pub fn pager(&self) -> Option<&Arc<Pager>> {
+        self.pager.as_ref()
+    }
+
+    /// A held pager of what the context says, or of zeros.
+    fn begin_paging(&self, fresh: bool) -> Result<Option<Arc<Pager>>, RegionsError> {
+        let paged = self.context.standing.paged().filter(|_| !fresh);
+        paging::start(&self.context.config, &self.ram, self.swap.as_ref(), paged, &self.paging_events)
+    }
+
+    /// The memory of a frozen VM, for reading: none of it moves.
+    pub(super) fn frozen_memory(&self) -> Result<Memory, RegionsError> {
+        Ok(Memory::of(self.begin_paging(false)?, &self.ram))
+    }
+
+    /// The memory, all of it zeros: nothing that was in it is left. Durably not clean from then on.
+    pub(super) fn fresh_memory(&mut self) -> Result<Memory, RegionsError> {
+        self.zero_ram()?;
+        let pager = self.begin_paging(true)?;
+        if let Some(pager) = &pager {
+            pager.go_on();
+        }
+        Ok(Memory::of(pager, &self.ram))
+    }
+
     fn place_ram(&mut self) -> Result<Arc<GuestRam>, RegionsError> {
         if let Some(ram) = &self.placed {
             return Ok(Arc::clone(ram));
         }
-        let (mapping, memory): (_, Box<dyn HostMemory>) = match &self.restoring {
-            Some(restoring) => {
+        self.pager = self.begin_paging(self.fresh)?;
+        let (mapping, memory): (_, Box<dyn HostMemory>) = match (&self.pager, &self.restoring) {
+            (Some(pager), _) => (None, Box::new(Paged(Arc::clone(pager)))),
+            (None, Some(restoring)) => {
                 let pager = restoring.pager();
-                (Arc::clone(pager.mapping()), Box::new(PagedMemory(Arc::clone(pager))))
+                (Some(Arc::clone(pager.mapping())), Box::new(PagedMemory(Arc::clone(pager))))
             }
-            None => {
+            (None, None) => {
                 let mapping = Arc::new(self.ram.map()?);
-                (Arc::clone(&mapping), Box::new(mapping))
+                (Some(Arc::clone(&mapping)), Box::new(mapping))
             }
         };
         let ram = GuestRam::place(memory)?;
-        self.mapping = Some(mapping);
+        self.mapping = mapping;
         self.placed = Some(Arc::clone(&ram));
         Ok(ram)
     }
 
-    /// Makes RAM durable. Returns how many bytes were not, where that can be told.
+    /// Makes the memory durable. The pager, if there is one, must be held.
     ///
     /// # Errors
-    /// [`RegionError`].
-    pub fn persist_ram(&self) -> Result<Option<u64>, RegionError> {
-        match &self.mapping {
-            Some(mapping) => self.ram.persist(mapping, Dirty::Unknown).map(|report| report.bytes),
-            None => Ok(Some(0)),
+    /// [`RegionsError::Region`], [`RegionsError::Paging`].
+    pub fn persist_memory(&self) -> Result<Persisted, RegionsError> {
+        if let Some(pager) = &self.pager {
+            return Ok(paging::persist(pager)?);
         }
+        let bytes = match &self.mapping {
+            Some(mapping) => self.ram.persist(mapping, Dirty::Unknown)?.bytes,
+            None => Some(0),
+        };
+        Ok(Persisted { bytes, paged: None })
     }
 
     /// The number of the next context.
@@ -466,6 +544,22 @@ unsafe impl HostMemory for Arc<Mapping> {
 
     fn len(&self) -> usize {
         Mapping::len(self)
+    }
+}
+
+fn lease_swap(pool: &Pool, vm: &str, config: &VmConfig) -> Result<Option<Arc<Region>>, RegionsError> {
+    match config.geometry() {
+        Some(_) => Ok(Some(Arc::new(lease(pool, vm, &region_name(vm, "swap")?)?))),
+        None => Ok(None),
+    }
+}
+
+impl std::fmt::Debug for VmRegions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmRegions")
+            .field("name", &self.name)
+            .field("standing", &self.context.standing)
+            .finish_non_exhaustive()
     }
 }
 

@@ -105,7 +105,7 @@ fn restore(
     let Standing::Frozen(frozen) = &regions.context().standing else {
         return Err(ResumeError::Refused { name: name(), doubt: Doubt::NotFrozen("not frozen") });
     };
-    let FrozenV1 { machine: state, console, restoring: _ } = &**frozen;
+    let FrozenV1 { machine: state, console, restoring: _, paged: _ } = &**frozen;
     let outage = Outage::since(&state.vm.clock, regions.config().clock);
     machine.restore(state, outage).map_err(|source| ResumeError::Machine { name: name(), source })?;
     restore_console(console);

@@ -24,7 +24,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use allocator::{Region, RegionError};
+use allocator::RegionError;
 use snapshot::{
     Depth, Generation, GenerationId, NewGeneration, PageSink, Parent, Reader, RegionSpec, RestoreReport, Store,
     StoreError, Writer,
@@ -32,6 +32,7 @@ use snapshot::{
 
 use super::context::{self, ContextError, ContextV1, Standing};
 use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, REGION_RAM};
+use super::paging::{Memory, MemoryIoError};
 use super::regions::{RegionsError, VmRegions};
 use super::restoring::{self, RestoringError, RestoringV1};
 use crate::machine::config::generations::Integrity;
@@ -89,8 +90,11 @@ pub enum RollbackError {
         name: String,
         /// Why.
         #[source]
-        source: RegionError,
+        source: MemoryIoError,
     },
+    /// Lazily, into less RAM than memory.
+    #[error("VM {0} has less RAM than memory, and is restored before it runs: leave out --lazy")]
+    LazyAndPaged(String),
     /// The regions.
     #[error(transparent)]
     Regions(#[from] RegionsError),
@@ -170,7 +174,7 @@ impl Plan {
         let Standing::Frozen(frozen) = &context.standing else {
             return Err(unreadable("its machine was not running"));
         };
-        if frozen.restoring.is_some() {
+        if frozen.restoring.is_some() || frozen.paged.is_some() {
             return Err(unreadable("it says that its memory is elsewhere"));
         }
         let config = &context.config;
@@ -218,13 +222,11 @@ fn in_memory(bytes: u64) -> String {
     format!("{} of memory", ByteSize(bytes))
 }
 
-/// RAM as a sink. It was zeroed before, so zero pages need nothing.
-struct Ram<'a>(&'a Region);
-
-impl PageSink for Ram<'_> {
+/// A VM's memory as a sink. It was zeroed before, so zero pages need nothing.
+impl PageSink for Memory {
     fn write(&self, first_page: u64, bytes: &[u8]) -> io::Result<()> {
         let offset = first_page.saturating_mul(snapshot::PAGE_SIZE as u64);
-        self.0.write_at(bytes, offset).map_err(io::Error::other)
+        self.write_at(bytes, offset).map_err(io::Error::other)
     }
 
     fn zero(&self, _first_page: u64, _count: u64) -> io::Result<()> {
@@ -261,21 +263,24 @@ pub fn restore(
         let name = name.clone();
         move |source| RollbackError::Region { doing, name, source }
     };
-    regions.clear_stamp()?;
-    let ram = regions.ram();
-    ram.zero().map_err(failed("zero"))?;
+    if matches!(pages, Pages::Later) && regions.config().geometry().is_some() {
+        return Err(RollbackError::LazyAndPaged(name));
+    }
+    let fresh = regions.fresh_memory()?;
     store.refresh()?;
     let (report, base) = match pages {
-        Pages::Now(progress) => (plan.reader.restore_region(plan.ram, &Ram(ram), *progress)?, None),
+        Pages::Now(progress) => (plan.reader.restore_region(plan.ram, &fresh, *progress)?, None),
         Pages::Later => (RestoreReport::default(), Some(store.generation(&plan.reader.generation().id)?)),
     };
-    ram.sync().map_err(failed("flush"))?;
+    let paged = fresh.persist().map_err(failed("flush"))?;
+    drop(fresh);
     let mut standing = plan.context.standing.clone();
     if let Standing::Frozen(frozen) = &mut standing {
         // It may be protected for a restore from it that this one takes the place of.
         let ours = |base: &Generation| before.as_ref().is_some_and(|before| before.generation == base.id.to_string());
         let nothing_yet =
-            |base: &Generation| RestoringV1::nothing_yet(&base.id, !base.protected || ours(base), ram.size());
+            |base: &Generation| RestoringV1::nothing_yet(&base.id, !base.protected || ours(base), memory.0);
+        frozen.paged = paged;
         frozen.restoring = base.as_ref().map(nothing_yet);
     }
     regions.adopt(ContextV1 { sequence: regions.next_sequence(), written_ns: context::now_ns(), config, standing })?;
@@ -305,7 +310,7 @@ pub fn recover(store: &Store, regions: &mut VmRegions, pages: &mut Pages<'_>) ->
         let attempt = store
             .verify(&generation.id, Depth::Structure)
             .map_err(RollbackError::from)
-            .and_then(|()| Plan::new(store, &generation.id, &name, Some(regions.ram().size())))
+            .and_then(|()| Plan::new(store, &generation.id, &name, Some(regions.config().memory.0)))
             .and_then(|plan| restore(store, &plan, regions, pages));
         match attempt {
             Ok(report) => return Ok(Restored { generation, kept: None, skipped, report, took: begun.elapsed() }),
@@ -350,7 +355,7 @@ pub fn roll_back(
     pages: &mut Pages<'_>,
 ) -> Result<Restored, RollbackError> {
     let name = regions.name().to_owned();
-    let plan = Plan::new(store, id, &name, Some(regions.ram().size()))?;
+    let plan = Plan::new(store, id, &name, Some(regions.config().memory.0))?;
     plan.check_fit(regions)?;
     let integrity = regions.config().generations.integrity;
     // Page by page, before anything is given up for it; unless lost pages are to be left out, or pages come later, each verified then.
@@ -423,10 +428,10 @@ pub fn keep(store: &Store, regions: &VmRegions, label: &str) -> Result<Generatio
 }
 
 fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Result<Generation, RollbackError> {
-    let ram = regions.ram();
+    let (memory, size) = (regions.frozen_memory()?, regions.config().memory.0);
     let read = |source| RollbackError::Region { doing: "read", name: regions.name().to_owned(), source };
     let mut writer = store.begin(new)?;
-    let spec = RegionSpec { name: REGION_RAM.to_owned(), kind: ram.info().kind.to_string(), size: ram.size() };
+    let spec = RegionSpec { name: REGION_RAM.to_owned(), kind: allocator::Kind::Ram.to_string(), size };
     let key = writer.region(&spec)?;
     let mut buffer = vec![0; PIECE];
     for run in bytes_there(regions)? {
@@ -434,7 +439,7 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
         while offset < run.end {
             let length = usize::try_from(run.end - offset).unwrap_or(PIECE).min(PIECE);
             let piece = buffer.get_mut(..length).unwrap_or_default();
-            ram.read_at(piece, offset).map_err(read)?;
+            memory.read_at(piece, offset).map_err(read)?;
             writer.put_run(key, offset / snapshot::PAGE_SIZE as u64, piece)?;
             offset += length as u64;
         }
@@ -442,6 +447,7 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
     let mut context = regions.context().clone();
     if let Standing::Frozen(frozen) = &mut context.standing {
         frozen.restoring = None;
+        frozen.paged = None;
     }
     let json = |result: Result<Vec<u8>, _>| result.map_err(|error| RollbackError::from(ContextError::Encode(error)));
     writer.blob(BLOB_CONTEXT, &json(serde_json::to_vec(&context))?)?;
@@ -449,9 +455,9 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
     Ok(writer.commit()?)
 }
 
-/// The bytes that are in the RAM region: all, unless it was still being restored.
+/// The bytes that are in the VM's regions: all, unless they were still being restored.
 fn bytes_there(regions: &VmRegions) -> Result<Vec<std::ops::Range<u64>>, RollbackError> {
-    let size = regions.ram().size();
+    let size = regions.config().memory.0;
     let Some(record) = regions.context().standing.restoring() else { return Ok(std::iter::once(0..size).collect()) };
     let (_, present) = record.check(size)?;
     let pages = restoring::pages_present(&present, record.cluster, size);

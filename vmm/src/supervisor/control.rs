@@ -22,6 +22,7 @@ use crate::machine::config::VmConfig;
 use crate::persistence::capture::CaptureReport;
 use crate::persistence::freeze::FreezeReport;
 use crate::persistence::lifecycle::State;
+use crate::persistence::paging::PagedStatus;
 use crate::persistence::restoring::RestoringStatus;
 
 /// A longer line is not a request.
@@ -86,7 +87,7 @@ pub enum Response {
 }
 
 /// How a VM is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// Where it is in its life.
     pub state: State,
@@ -103,6 +104,9 @@ pub struct Status {
     /// How far its memory is restored; `None` if all is there.
     #[serde(default)]
     pub restoring: Option<RestoringStatus>,
+    /// Where its memory is; `None` if all of it is RAM.
+    #[serde(default)]
+    pub paged: Option<PagedStatus>,
     /// How its generations fare.
     pub generations: GenerationsStatus,
 }

@@ -15,6 +15,7 @@ pub mod control;
 pub mod generations;
 pub mod launch;
 mod measured;
+mod memory_news;
 mod outage;
 pub mod power;
 pub mod terminal;
@@ -25,13 +26,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use allocator::pager::{PagerEvent, PagerEvents};
+use allocator::pager::PagerEvents;
+use allocator::paging::PagingEvents;
 use devices::MachineRequest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use console::{Console, ConsoleError};
 use control::{ControlError, ControlServer, Pending, Request, Response, Status, socket_path};
 use generations::{Generations, Order, Teller};
+use memory_news::MemoryNews;
 use power::PowerSignals;
 use terminal::Keyboard;
 use wake::Wake;
@@ -43,10 +46,10 @@ use crate::persistence::capture::CaptureError;
 use crate::persistence::context::ConsoleStateV1;
 use crate::persistence::freeze::{FreezeError, FreezeReport, Output, Surroundings, Vcpus};
 use crate::persistence::lifecycle::{Event, State};
+use crate::persistence::paging::PagedStatus;
 use crate::persistence::regions::{RegionsError, VmRegions};
 use crate::persistence::restoring::{self, Paging, RestoringStatus};
 use crate::persistence::resume::{self, ResumeError};
-use crate::persistence::working_set;
 
 /// While input waits for the guest to take it, how often it is offered.
 const OFFER_EVERY: Duration = Duration::from_millis(5);
@@ -113,8 +116,8 @@ pub enum SupervisorError {
 struct Inboxes {
     machine: mpsc::Receiver<MachineEvent>,
     machine_sender: mpsc::Sender<MachineEvent>,
-    memory: mpsc::Receiver<PagerEvent>,
-    memory_sender: mpsc::Sender<PagerEvent>,
+    memory: mpsc::Receiver<MemoryNews>,
+    memory_sender: mpsc::Sender<MemoryNews>,
     control: mpsc::Receiver<Pending>,
     control_sender: Option<mpsc::Sender<Pending>>,
     wake: Arc<Wake>,
@@ -134,7 +137,16 @@ impl Inboxes {
         let (sender, wake) = (self.memory_sender.clone(), Arc::clone(&self.wake));
         Arc::new(move |event| {
             // The supervisor has ended if nobody receives.
-            let _ = sender.send(event);
+            let _ = sender.send(MemoryNews::Restore(event));
+            wake.ring();
+        })
+    }
+
+    /// Where news of memory that is paged goes.
+    fn of_paging(&self) -> PagingEvents {
+        let (sender, wake) = (self.memory_sender.clone(), Arc::clone(&self.wake));
+        Arc::new(move |event| {
+            let _ = sender.send(MemoryNews::Paging(event));
             wake.ring();
         })
     }
@@ -168,6 +180,8 @@ pub struct Supervisor {
     called_off: bool,
     /// A user paused it.
     paused: bool,
+    /// Its guest waits for room in the swap region.
+    swap_full: bool,
     inboxes: Inboxes,
     control: Option<ControlServer>,
 }
@@ -216,6 +230,7 @@ impl Supervisor {
             SerialTarget::File(path) => Console::file(path)?,
         };
         let wiring = inboxes.wiring(&console);
+        regions.tell_of_paging(inboxes.of_paging());
         let (machine, state) = match beginning {
             Beginning::Boot => (boot(&pool, &mut regions, wiring)?, State::Created.after(Event::Start)),
             Beginning::Resume { prefetch } => {
@@ -247,6 +262,7 @@ impl Supervisor {
             power_back: Arc::new(AtomicBool::new(false)),
             called_off: false,
             paused: false,
+            swap_full: false,
             inboxes,
             control: None,
         };
@@ -344,40 +360,6 @@ impl Supervisor {
     /// What is to become of the vCPUs when the machine was held and is let go.
     fn vcpus(&self) -> Vcpus {
         if self.paused { Vcpus::Stay } else { Vcpus::Run }
-    }
-
-    fn on_memory(&mut self, event: PagerEvent) -> Result<Option<Ended>, SupervisorError> {
-        match event {
-            PagerEvent::Complete => {
-                self.remember_working_set();
-                tracing::info!("{}: all of its memory is restored", self.name);
-                Ok(None)
-            }
-            PagerEvent::Missing(error) => {
-                let name = &self.name;
-                tracing::warn!(
-                    "{name}: {}; it stops if its guest asks for that. `perdure scrub {name} --repair` heals what has a good copy",
-                    Chain(&error)
-                );
-                Ok(None)
-            }
-            PagerEvent::Lost(error) => self.end(Ended::MemoryLost(Chain(&error).to_string())).map(Some),
-        }
-    }
-
-    /// For the next resume.
-    fn remember_working_set(&self) {
-        if let Some(restoring) = self.regions.restore_under_way() {
-            let (pager, clusters) = (restoring.pager(), restoring.status().clusters);
-            working_set::learn(&self.pool, &self.name, pager.cluster(), clusters, &pager.trace());
-        }
-    }
-
-    /// Nothing is restored from a generation any more, if ever it was.
-    fn let_go_of_generation(&self) {
-        if let Some(restoring) = self.regions.restore_under_way().filter(|restoring| restoring.holds_generation()) {
-            restoring::let_go(&self.pool, &self.name, self.regions.config(), restoring.generation());
-        }
     }
 
     fn on_machine(&mut self, event: MachineEvent) -> Result<Option<Ended>, SupervisorError> {
@@ -493,6 +475,7 @@ impl Supervisor {
             report: self.machine.devices().report().latest(),
             paused: self.paused,
             restoring: self.restoring_status(),
+            paged: self.regions.pager().map(|pager| PagedStatus::new(&pager.status(), self.swap_full)),
             generations: self.generations.status(),
         }
     }
