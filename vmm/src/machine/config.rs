@@ -88,6 +88,13 @@ pub enum ClockPolicy {
 pub enum Kernel {
     /// One of the embedded guests, by name.
     Guest(String),
+    /// One of the embedded guests, and what it works on.
+    GuestWith {
+        /// Its name.
+        guest: String,
+        /// A file that it is given as its initial RAM disk.
+        initrd: PathBuf,
+    },
     /// A file: ELF or bzImage.
     File {
         /// The kernel.
@@ -222,7 +229,7 @@ impl VmConfig {
             return Err(ConfigError::Cmdline);
         }
         match &self.kernel {
-            Kernel::Guest(name) if guests::by_name(name).is_none() => {
+            Kernel::Guest(name) | Kernel::GuestWith { guest: name, .. } if guests::by_name(name).is_none() => {
                 let known: Vec<_> = guests::all().iter().map(|guest| guest.name).collect();
                 Err(ConfigError::Guest { name: name.clone(), known: known.join(", ") })
             }
@@ -271,6 +278,8 @@ mod tests {
         refuse(VmConfig { cpus: 255, ..VmConfig::default() }, "--cpus 255");
         refuse(VmConfig { memory: ByteSize(4097 << 10 | 1), ..VmConfig::default() }, "--memory");
         refuse(VmConfig { kernel: Kernel::Guest("nobody".into()), ..VmConfig::default() }, "counter");
+        let with = Kernel::GuestWith { guest: "nobody".into(), initrd: PathBuf::from("list") };
+        refuse(VmConfig { kernel: with, ..VmConfig::default() }, "counter");
         refuse(VmConfig { snapshot_every_ms: Some(0), ..VmConfig::default() }, "--snapshot-every 0");
         refuse(VmConfig { cmdline: "a\0b".into(), ..VmConfig::default() }, "zero byte");
     }
