@@ -56,6 +56,13 @@ const MEMWALK: &[Parameter] = &[
     parameter("idle", "0", "1: after `count` touches rest without a timer instead of powering off"),
 ];
 
+const PAGES: &[Parameter] = &[
+    parameter("pages", "0", "pages of the working set, from 0; 0: as many as the list names"),
+    parameter("writes", "list", "accesses that write: list (where the entry's top bit says so), all, none"),
+    parameter("count", "0", "accesses before powering off; 0 goes on forever"),
+    parameter("every", "10000000", "accesses between two lines that say how far it is; 0 for none"),
+];
+
 const PROBE: &[Parameter] = &[
     parameter("only", "", "names of tests, separated by commas: do these alone"),
     parameter("skip", "", "names of tests, separated by commas: leave these out"),
@@ -73,6 +80,12 @@ const ROWS: &[Row] = &[
     ("counter", "counts timer interrupts and chains a hash over ticks, registers and memory", images::counter, COUNTER),
     ("echo", "gives back serial input line by line with a count and a hash; `quit` powers off", images::echo, &[]),
     ("memwalk", "touches a working set in a pattern and reports through a port", images::memwalk, MEMWALK),
+    (
+        "pages",
+        "touches the pages of a list (--initrd: 4 bytes each, little-endian; top bit: write)",
+        images::pages,
+        PAGES,
+    ),
     ("smp", "processors take turns, handed on by inter-processor interrupts, and chain a hash", images::smp, SMP),
     ("probe", "tries, one at a time, what this KVM can run", images::probe, PROBE),
     ("boot", "prints one line at once, reports 1, then rests without a timer", images::boot, &[]),

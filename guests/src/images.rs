@@ -11,6 +11,7 @@ global_asm!(
     include_str!("asm/counter.s"),
     include_str!("asm/echo.s"),
     include_str!("asm/memwalk.s"),
+    include_str!("asm/pages.s"),
     include_str!("asm/probe.s"),
     include_str!("asm/smp.s"),
     options(att_syntax, raw)
@@ -35,5 +36,6 @@ image!(boot, perdure_guest_boot, perdure_guest_boot_end);
 image!(counter, perdure_guest_counter, perdure_guest_counter_end);
 image!(echo, perdure_guest_echo, perdure_guest_echo_end);
 image!(memwalk, perdure_guest_memwalk, perdure_guest_memwalk_end);
+image!(pages, perdure_guest_pages, perdure_guest_pages_end);
 image!(probe, perdure_guest_probe, perdure_guest_probe_end);
 image!(smp, perdure_guest_smp, perdure_guest_smp_end);

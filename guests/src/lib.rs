@@ -8,7 +8,7 @@
 //! ```text
 //!   asm/*.s ──global_asm!──► images ──► guest::{all, by_name} ──► the VMM loads Guest::image (ELF64)
 //!                                                                       │ serial, report port
-//!   chain, echo, turns, walk, probe  ◄── what the guest printed ────────┘
+//!   chain, echo, turns, walk, pages, probe  ◄── what the guest printed ────────┘
 //! ```
 //!
 //! | guest | does | judged by |
@@ -16,6 +16,7 @@
 //! | `counter` | chains a hash over timer ticks, registers and RAM | [`chain`] |
 //! | `echo` | gives back serial input line by line | [`echo`] |
 //! | `memwalk` | touches a working set, at CPL3 | [`walk`] |
+//! | `pages` | touches the pages of a list that the host gives it, at CPL3 | [`pages`] |
 //! | `smp` | processors take turns | [`turns`] |
 //! | `probe` | tries what a KVM can run | [`probe`] |
 //! | `boot` | prints `boot`, reports 1, rests without a timer | |
@@ -30,8 +31,10 @@ pub mod chain;
 pub mod echo;
 mod guest;
 mod images;
+pub mod pages;
 pub mod ports;
 pub mod probe;
+pub mod random;
 mod transcript;
 pub mod turns;
 pub mod walk;

@@ -11,9 +11,7 @@
 //!
 //! # Touches
 //! A touch takes a page from the pattern, then draws whether it writes. The hash folds ([`crate::chain::fold`])
-//! `2 * page + write` of every touch. Random numbers are SplitMix64 (Steele, Lea, Flood: *Fast splittable pseudorandom
-//! number generators*, OOPSLA 2014); a number below n is the upper half of a product by n (Lemire: *Fast random integer
-//! generation in an interval*, ACM TOMACS 2019, without its rejection step: the bias is below n / 2^64).
+//! `2 * page + write` of every touch. Random numbers are those of [`SplitMix64`].
 //!
 //! | pattern | page |
 //! |---|---|
@@ -29,17 +27,17 @@
 //! Ranks are scattered over the pages by the permutation `rank * 2654435761 mod pages`, its factor a prime.
 //!
 //! # Pages, with `verify=1`
-//! A page holds `words` words at equal distances, word i being `first + i * STEP`, where `first` is a hash of the page's
+//! A page holds `words` words at equal distances, word i being `first + i * 0x9e3779b97f4a7c15`, where `first` is a hash of the page's
 //! number, its version and the seed. A touch compares them all, and a write gives the next version. The first touch of a
 //! page writes in any case. At the end every page that has a version is compared once more. Versions are kept in memory
 //! of their own, 4 bytes a page.
 
 use crate::banner::{Banner, BannerError};
 use crate::chain::fold;
+use crate::random::SplitMix64;
 use crate::transcript::{Difference, Transcript};
 
 const SEED: u64 = 0x0070_6572_6475_7265;
-const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 const SCATTER: u64 = 2_654_435_761;
 
 /// Greatest `count` that is recomputed, so that a forged first line cannot keep a verifier busy for ever.
@@ -111,17 +109,12 @@ pub struct Touch {
 #[derive(Debug, Clone)]
 pub struct Walk {
     parameters: WalkParameters,
-    random: u64,
+    random: SplitMix64,
     cursor: u64,
     hot_pages: u64,
     window: u64,
     phase_start: u64,
     phase_left: u64,
-}
-
-/// The upper 64 bits of a product.
-fn upper(a: u64, b: u64) -> u64 {
-    ((u128::from(a) * u128::from(b)) >> 64) as u64
 }
 
 impl Walk {
@@ -136,7 +129,7 @@ impl Walk {
         let hot_pages = u64::try_from(share).unwrap_or(u64::MAX).min(pages - 1).max(1);
         Some(Self {
             parameters,
-            random: parameters.seed,
+            random: SplitMix64::new(parameters.seed),
             cursor: 0,
             hot_pages,
             window: (pages / 4).max(1),
@@ -145,30 +138,16 @@ impl Walk {
         })
     }
 
-    /// SplitMix64.
-    fn draw(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(STEP);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `n`.
-    fn below(&mut self, n: u64) -> u64 {
-        upper(self.draw(), n)
-    }
-
     /// A number below 100, from the upper half of a draw.
     fn per_cent(&mut self) -> u64 {
-        ((self.draw() >> 32) * 100) >> 32
+        ((self.random.draw() >> 32) * 100) >> 32
     }
 
     fn zipf_rank(&mut self) -> u64 {
         let octaves = u64::from(self.parameters.pages.ilog2() + 1);
         loop {
-            let first = 1_u64 << self.below(octaves);
-            let draw = self.draw();
+            let first = 1_u64 << self.random.below(octaves);
+            let draw = self.random.draw();
             let rank = first + (draw & (first - 1));
             if rank <= self.parameters.pages && (draw >> 32) * rank < first << 32 {
                 return rank - 1;
@@ -179,9 +158,9 @@ impl Walk {
     fn hot_cold_rank(&mut self) -> u64 {
         let (hot, pages) = (self.hot_pages, self.parameters.pages);
         if self.per_cent() < self.parameters.heat || hot == pages {
-            self.below(hot)
+            self.random.below(hot)
         } else {
-            hot + self.below(pages - hot)
+            hot + self.random.below(pages - hot)
         }
     }
 
@@ -195,7 +174,7 @@ impl Walk {
             self.phase_start = (self.phase_start + self.window) % self.parameters.pages;
         }
         self.phase_left = self.phase_left.wrapping_sub(1);
-        (self.phase_start + self.below(self.window)) % self.parameters.pages
+        (self.phase_start + self.random.below(self.window)) % self.parameters.pages
     }
 
     fn page(&mut self) -> u64 {
@@ -205,7 +184,7 @@ impl Walk {
                 self.cursor = (page + 1) % self.parameters.pages;
                 page
             }
-            Pattern::Uniform => self.below(self.parameters.pages),
+            Pattern::Uniform => self.random.below(self.parameters.pages),
             Pattern::Zipf => {
                 let rank = self.zipf_rank();
                 self.scatter(rank)

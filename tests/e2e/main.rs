@@ -17,6 +17,7 @@ mod lifecycle;
 mod machine_code;
 mod outages;
 mod ownership;
+mod pages;
 mod pool_bytes;
 mod random;
 mod typing;

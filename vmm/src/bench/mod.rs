@@ -3,6 +3,7 @@
 //! * [`freeze`]: from the power-fail signal until everything is durable.
 //! * [`resume`]: from the start of the process to the guest's first output; cold starts; the VMM's own memory.
 //! * [`lazy`]: a VM that goes back to a generation, before its memory is restored and after.
+//! * [`patterns`]: the order in which workloads touch their pages.
 //! * [`restore`]: a generation into memory, against a raw sequential read.
 //! * [`store`]: generations onto the disk, against a raw sequential write; opening, deleting, sweeping, scrubbing.
 //! * [`alternatives`]: the same generations kept in other ways.
@@ -13,6 +14,7 @@
 pub mod alternatives;
 pub mod freeze;
 pub mod lazy;
+pub mod patterns;
 pub mod restore;
 pub mod resume;
 pub mod snapshot;

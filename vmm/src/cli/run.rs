@@ -25,19 +25,25 @@ Examples:
   perdure run web --kernel vmlinuz --initrd initrd --cmdline 'console=ttyS0' --memory 1G --cpus 2
   perdure run big --guest memwalk --cmdline 'ws=1G' --memory 2G --ram 512M --serial none --detach
   perdure run web --guest memwalk --cmdline 'pattern=zipf ws=64M' --serial none --detach
+  perdure run web --guest pages --initrd list.bin --cmdline 'pages=65536 writes=list every=1000000'
+
+'pages' walks a list of pages that you give it, round and round: entries of 4 bytes, little-endian, the lower 31 bits a page
+of its working set (4 KiB each), the top bit set where the access writes. It checks each page that it touches. Its words:
+pages= (of the working set; 0: as many as the list names), writes= (list, all, none), count= (accesses before it powers off;
+0: for ever), every= (accesses between two lines that say how far it is).
 
 On a terminal all keys go to the guest; Ctrl-] leaves the VM running in the background.")]
 pub(super) struct Args {
     /// Its name in the pool
     name: Option<String>,
-    /// An embedded guest: counter, echo, memwalk, smp, … (`perdure doctor` lists them)
-    #[arg(long, value_name = "BUILTIN", conflicts_with_all = ["kernel", "initrd"])]
+    /// An embedded guest: counter, echo, memwalk, pages, smp, … (`perdure doctor` lists them)
+    #[arg(long, value_name = "BUILTIN", group = "program")]
     guest: Option<String>,
     /// A kernel: ELF (64-bit entry or PVH) or bzImage
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "program")]
     kernel: Option<PathBuf>,
-    /// Its initial RAM disk
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    /// Its initial RAM disk; for the embedded guest 'pages' the list of pages that it walks
+    #[arg(long, value_name = "FILE", requires = "program")]
     initrd: Option<PathBuf>,
     /// The kernel's command line
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
@@ -172,11 +178,15 @@ impl Args {
             Some(path) => read_config(path)?,
             None => stored.unwrap_or_default(),
         };
+        let initrd = self.initrd.as_ref().map(std::path::absolute).transpose()?;
         if let Some(guest) = &self.guest {
-            config.kernel = Kernel::Guest(guest.clone());
+            let guest = guest.clone();
+            config.kernel = match &initrd {
+                None => Kernel::Guest(guest),
+                Some(list) => Kernel::GuestWith { guest, initrd: list.clone() },
+            };
         }
         if let Some(path) = &self.kernel {
-            let initrd = self.initrd.as_ref().map(std::path::absolute).transpose()?;
             config.kernel = Kernel::File { path: std::path::absolute(path)?, initrd };
         }
         if let Some(cmdline) = &self.cmdline {

@@ -89,6 +89,13 @@ pub enum ClockPolicy {
 pub enum Kernel {
     /// One of the embedded guests, by name.
     Guest(String),
+    /// One of the embedded guests, and what it works on.
+    GuestWith {
+        /// Its name.
+        guest: String,
+        /// A file that it is given as its initial RAM disk.
+        initrd: PathBuf,
+    },
     /// A file: ELF or bzImage.
     File {
         /// The kernel.
@@ -249,7 +256,7 @@ impl VmConfig {
             return Err(ConfigError::Cmdline);
         }
         match &self.kernel {
-            Kernel::Guest(name) if guests::by_name(name).is_none() => {
+            Kernel::Guest(name) | Kernel::GuestWith { guest: name, .. } if guests::by_name(name).is_none() => {
                 let known: Vec<_> = guests::all().iter().map(|guest| guest.name).collect();
                 Err(ConfigError::Guest { name: name.clone(), known: known.join(", ") })
             }
@@ -339,6 +346,8 @@ mod tests {
         refuse(VmConfig { swap: Some(ByteSize(4096)), ..paged.clone() }, "--swap 4K");
         assert_eq!((paged.validate(), paged.geometry().map(|geometry| geometry.frames())), (Ok(()), Some(1024)));
         refuse(VmConfig { kernel: Kernel::Guest("nobody".into()), ..VmConfig::default() }, "counter");
+        let with = Kernel::GuestWith { guest: "nobody".into(), initrd: PathBuf::from("list") };
+        refuse(VmConfig { kernel: with, ..VmConfig::default() }, "counter");
         refuse(VmConfig { snapshot_every_ms: Some(0), ..VmConfig::default() }, "--snapshot-every 0");
         refuse(VmConfig { cmdline: "a\0b".into(), ..VmConfig::default() }, "zero byte");
     }

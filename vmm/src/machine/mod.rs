@@ -169,21 +169,22 @@ impl Machine {
         let open = |what, path: &PathBuf| {
             File::open(path).map_err(|source| MachineError::Open { what, path: path.clone(), source })
         };
-        let mut initrd = None;
+        let embedded = |name: &str| match guests::by_name(name) {
+            Some(guest) => Ok(KernelSource::Image(guest.image, guest.name)),
+            None => Err(DeviceError::NoSuchGuest(name.to_owned())),
+        };
         let kernel_file;
-        let kernel = match &self.config.kernel {
-            Kernel::Guest(name) => {
-                let guest = guests::by_name(name).ok_or_else(|| DeviceError::NoSuchGuest(name.clone()))?;
-                KernelSource::Image(guest.image, guest.name)
-            }
-            Kernel::File { path, initrd: initrd_path } => {
+        let (kernel, initrd) = match &self.config.kernel {
+            Kernel::Guest(name) => (embedded(name)?, None),
+            Kernel::GuestWith { guest, initrd } => (embedded(guest)?, Some(initrd)),
+            Kernel::File { path, initrd } => {
                 kernel_file = open("the kernel", path)?;
-                initrd = match initrd_path {
-                    Some(path) => Some((open("the initrd", path)?, path)),
-                    None => None,
-                };
-                KernelSource::File(&kernel_file, path)
+                (KernelSource::File(&kernel_file, path), initrd.as_ref())
             }
+        };
+        let initrd = match initrd {
+            Some(path) => Some((open("the initrd", path)?, path)),
+            None => None,
         };
         let spec = BootSpec {
             kernel,

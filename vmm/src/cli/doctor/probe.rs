@@ -166,7 +166,7 @@ fn needs(guest: &str) -> Vec<&'static str> {
     match guest {
         "counter" => vec!["msr", "interrupt", "sse_move"],
         "echo" => vec!["interrupt"],
-        "memwalk" => vec!["string", "cpl3", "cpl3_fault"],
+        "memwalk" | "pages" => vec!["string", "cpl3", "cpl3_fault"],
         "smp" => vec!["lapic", "interrupt", "string"],
         _ => Vec::new(),
     }
