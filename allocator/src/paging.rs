@@ -27,6 +27,7 @@
 //!
 //! A cluster that cannot be read back, or whose CRC does not hold, is [`PagingEvent::Lost`], named, and never zeros.
 
+mod beside;
 mod evict;
 mod faults;
 mod frames;
@@ -63,6 +64,8 @@ const FRAMES_MAX: u64 = 1 << 14;
 const CLUSTERS_MAX: u64 = 1 << 17;
 /// Fewest frames: the threads need some at once, beside those of the pages that one instruction touches.
 const FRAMES_MIN: u64 = 32;
+/// Frames that are only taken while a VM's vCPUs are being stopped: see [`Pager::hurry`].
+const SPARE: u32 = 8;
 
 /// How a guest's memory is divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -485,6 +488,13 @@ impl Pager {
         self.shared.ring();
     }
 
+    /// While `hurry` holds, whoever waits for memory is served from frames that are spared for this: a vCPU cannot be stopped in the middle
+    /// of an instruction that waits for memory, and when RAM and swap are full nothing else would end its wait.
+    pub fn hurry(&self, hurry: bool) {
+        self.shared.state().frames.use_spare(hurry);
+        self.shared.ring();
+    }
+
     /// Brings what is under way to its end, and nothing is begun before [`Pager::go_on`] but what somebody waits for. For a freeze, whose
     /// vCPUs stand still by then.
     pub fn hold(&self) {
@@ -537,7 +547,7 @@ impl State {
         let clusters = geometry.clusters();
         Self::with(
             geometry,
-            Frames::new(clusters, geometry.frames),
+            Frames::new(clusters, geometry.frames, SPARE),
             SlotTable::new(clusters, slots),
             Replacement::new(clusters, geometry.frames),
         )
@@ -571,7 +581,7 @@ impl State {
     fn restored(geometry: Geometry, swap: &SwapFile, digest: u32, apart: bool) -> Result<Self, PagingError> {
         let clusters = geometry.clusters();
         let (slots, list) = swap.load(clusters, digest)?;
-        let mut frames = Frames::new(clusters, geometry.frames);
+        let mut frames = Frames::new(clusters, geometry.frames, SPARE);
         for (cluster, frame) in &list {
             if !frames.claim(*cluster, *frame) {
                 return Err(
@@ -627,7 +637,6 @@ impl Shared {
     /// Waits until a cluster is mapped.
     fn ask_for(&self, cluster: u32) -> Result<(), PagingError> {
         let mut state = self.state();
-        let mut asked = false;
         loop {
             if state.has(cluster, LOST) {
                 return Err(self.lost(&state, cluster, None));
@@ -635,11 +644,9 @@ impl Shared {
             if state.has(cluster, MAPPED) || state.ended {
                 return Ok(());
             }
-            if !asked {
-                asked = true;
-                state.backlog.push_back(cluster);
-                self.ring();
-            }
+            // Each time: it may have come and gone again.
+            state.backlog.push_back(cluster);
+            self.ring();
             state = self.wait(state);
         }
     }

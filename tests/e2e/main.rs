@@ -18,6 +18,7 @@ mod machine_code;
 mod outages;
 mod ownership;
 mod pages;
+mod paging;
 mod pool_bytes;
 mod random;
 mod typing;

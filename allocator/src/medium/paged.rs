@@ -26,8 +26,11 @@ use super::on_demand::{
     open_with,
 };
 
-/// `UFFD_FEATURE_EVENT_REMAP` (`linux/userfaultfd.h`).
+/// `UFFD_FEATURE_EVENT_REMAP` and `UFFD_FEATURE_THREAD_ID` (`linux/userfaultfd.h`).
 const FEATURE_EVENT_REMAP: u64 = 1 << 2;
+const FEATURE_THREAD_ID: u64 = 1 << 8;
+/// Where in a message the thread is.
+const THREAD: std::ops::Range<usize> = 24..28;
 /// Messages taken at a time.
 const MESSAGES: usize = 16;
 /// Clusters that are withdrawn at once, at most.
@@ -48,6 +51,15 @@ pub struct PagedMemory {
 unsafe impl Send for PagedMemory {}
 // SAFETY: as above; `&PagedMemory` gives out a raw pointer alone, and using that is the caller's unsafe block.
 unsafe impl Sync for PagedMemory {}
+
+/// A cluster that somebody waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Awaited {
+    /// Which.
+    pub cluster: u32,
+    /// The thread that waits.
+    pub thread: u32,
+}
 
 /// A file that frames lie in, and how it is mapped.
 #[derive(Debug, Clone, Copy)]
@@ -76,7 +88,7 @@ impl PagedMemory {
     pub fn reserve(length: u64, cluster: u64) -> io::Result<Self> {
         let whole = |bytes: u64| usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::Unsupported));
         let (length, cluster) = (whole(length)?, whole(cluster)?);
-        let events = open_with(FEATURE_EVENT_REMAP)?;
+        let events = open_with(FEATURE_EVENT_REMAP | FEATURE_THREAD_ID)?;
         let memory = Self { base: reserve(length)?, length, placeholders: NonNull::dangling(), cluster, events };
         memory.register(memory.base, length)?;
         let placeholders = reserve(cluster * WITHDRAWN_MAX as usize)?;
@@ -115,11 +127,11 @@ impl PagedMemory {
         self.events.as_fd()
     }
 
-    /// Adds the clusters that somebody waits for, as far as it was not told yet. Does not wait. Who withdraws goes on.
+    /// Adds the clusters that somebody waits for, as far as it was not told yet, and who. Does not wait. Who withdraws goes on.
     ///
     /// # Errors
     /// As the system says.
-    pub fn awaited(&self, into: &mut Vec<u32>) -> io::Result<()> {
+    pub fn awaited(&self, into: &mut Vec<Awaited>) -> io::Result<()> {
         let mut messages = [0; MESSAGE * MESSAGES];
         let read = match (&self.events).read(&mut messages) {
             Ok(read) => read,
@@ -131,11 +143,10 @@ impl PagedMemory {
             let address = message.get(ADDRESS).and_then(|bytes| bytes.try_into().ok()).map(u64::from_ne_bytes);
             let offset = address.and_then(|address| address.checked_sub(base));
             let fault = message.first() == Some(&EVENT_PAGEFAULT);
-            into.extend(
-                offset
-                    .filter(|offset| fault && *offset < self.length as u64)
-                    .and_then(|offset| u32::try_from(offset / self.cluster as u64).ok()),
-            );
+            let thread = message.get(THREAD).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes);
+            let cluster = offset.filter(|offset| fault && *offset < self.length as u64);
+            let cluster = cluster.and_then(|offset| u32::try_from(offset / self.cluster as u64).ok());
+            into.extend(cluster.map(|cluster| Awaited { cluster, thread }));
         }
         Ok(())
     }
@@ -258,7 +269,7 @@ mod tests {
         let mut awaited = Vec::new();
         while !ended.load(Ordering::SeqCst) {
             memory.awaited(&mut awaited).unwrap();
-            for cluster in awaited.drain(..) {
+            for Awaited { cluster, .. } in awaited.drain(..) {
                 memory.place(frames, cluster, cluster, 1).unwrap();
                 memory.wake(cluster, 1).unwrap();
                 served.fetch_add(1, Ordering::SeqCst);
@@ -312,7 +323,7 @@ mod tests {
             while awaited.is_empty() {
                 memory.awaited(&mut awaited).unwrap();
             }
-            assert_eq!(awaited, [0]);
+            assert_eq!(awaited[0].cluster, 0);
             memory.refuse(0).unwrap();
             assert_eq!(refused.join().unwrap(), (-1, Some(libc::EFAULT)));
         });

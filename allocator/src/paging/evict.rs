@@ -67,16 +67,20 @@ impl Shared {
     /// Withdraws clusters whose time it is. Whether there were any.
     fn demote(&self) -> bool {
         let mut state = self.state();
-        let mut demoted = Vec::new();
+        let (mut demoted, mut any) = (Vec::new(), false);
         while demoted.len() < DEMOTED_MAX
             && let Some(cluster) = state.policy.demote()
         {
-            if state.has(cluster, MAPPED) && !state.has(cluster, BUSY) {
-                state.begin_work(cluster);
-                demoted.push(cluster);
-            } else {
+            if state.has(cluster, BUSY) {
+                // It is being read, say: later.
                 state.policy.touched(cluster);
                 break;
+            }
+            any = true;
+            // After a resume what was mapped need not be yet.
+            if state.has(cluster, MAPPED) {
+                state.begin_work(cluster);
+                demoted.push(cluster);
             }
         }
         drop(state);
@@ -86,7 +90,7 @@ impl Shared {
                 self.withdraw(run);
             }
         }
-        !demoted.is_empty()
+        any
     }
 
     /// Takes a run of busy, mapped neighbours from the guest.

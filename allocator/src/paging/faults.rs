@@ -4,8 +4,10 @@ use std::os::fd::AsFd;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
+use super::beside::Beside;
 use super::slots::{Buffer, Slot};
 use super::{AWAITED, BUSY, IN_IMAGE, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
+use crate::medium::paged::Awaited;
 
 /// What a cluster that is asked for needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +34,8 @@ enum Source {
 impl Shared {
     pub(super) fn serve_faults(&self) {
         let mut buffer = Buffer::default();
-        let mut asked = Vec::new();
+        let (mut awaited, mut again) = (Vec::new(), Vec::new());
+        let mut beside = Beside::default();
         while !self.state().deaf {
             let mut fds = [
                 PollFd::from_borrowed_fd(self.memory.descriptor(), PollFlags::IN),
@@ -40,15 +43,19 @@ impl Shared {
             ];
             // Whatever it returns, what there is to read is read.
             let _ = poll(&mut fds, None);
-            if let Err(source) = self.memory.awaited(&mut asked) {
+            if let Err(source) = self.memory.awaited(&mut awaited) {
                 let doing = "hear of page faults";
                 (self.events)(PagingEvent::Lost(PagingError::System { doing, source }));
                 return;
             }
             let mut silence = [0; 8];
             let _ = rustix::io::read(&self.bell, &mut silence);
-            asked.extend(self.state().backlog.drain(..));
-            for cluster in asked.drain(..) {
+            for Awaited { cluster, thread } in awaited.drain(..) {
+                self.serve(cluster, &mut buffer);
+                beside.move_to(thread);
+            }
+            again.extend(self.state().backlog.drain(..));
+            for cluster in again.drain(..) {
                 self.serve(cluster, &mut buffer);
             }
         }

@@ -16,18 +16,31 @@ pub(super) struct Frames {
     in_use: u32,
     /// How many may be in use.
     limit: u32,
+    /// Of these, kept for a hurry.
+    spare: u32,
+    /// The same, but 0 in a hurry.
+    spared: u32,
     /// Where the last one was taken.
     last: u32,
 }
 
 impl Frames {
     /// All free.
-    pub(super) fn new(clusters: u32, frames: u32) -> Self {
+    pub(super) fn new(clusters: u32, frames: u32, spare: u32) -> Self {
         let mut free = vec![u64::MAX; frames.div_ceil(64) as usize];
         if let Some(last) = free.last_mut().filter(|_| !frames.is_multiple_of(64)) {
             *last = (1 << (frames % 64)) - 1;
         }
-        Self { frame_of: vec![NONE; clusters as usize], free, frames, in_use: 0, limit: frames, last: 0 }
+        Self {
+            frame_of: vec![NONE; clusters as usize],
+            free,
+            frames,
+            in_use: 0,
+            limit: frames,
+            spare,
+            spared: spare,
+            last: 0,
+        }
     }
 
     /// The frame that a cluster is in.
@@ -42,7 +55,7 @@ impl Frames {
 
     /// How many more may be taken.
     pub(super) fn available(&self) -> u32 {
-        self.limit.saturating_sub(self.in_use)
+        self.limit.saturating_sub(self.spared).saturating_sub(self.in_use)
     }
 
     /// How many may be in use.
@@ -53,6 +66,11 @@ impl Frames {
     /// From now on so many may be in use; those that are stay so until they are given back.
     pub(super) fn set_limit(&mut self, limit: u32) {
         self.limit = limit.min(self.frames);
+    }
+
+    /// Spare frames may be taken, or not any more.
+    pub(super) fn use_spare(&mut self, hurry: bool) {
+        self.spared = if hurry { 0 } else { self.spare };
     }
 
     /// Puts a cluster into a free frame, if it is in none: behind that of the cluster before it, where that is free.
@@ -128,7 +146,7 @@ mod tests {
         fn no_frame_holds_two_clusters_and_none_is_forgotten(
             frames in 1..140_u32, steps in proptest::collection::vec(step(), 1..400)
         ) {
-            let mut table = Frames::new(256, frames);
+            let mut table = Frames::new(256, frames, 0);
             let mut model: BTreeMap<u32, u32> = BTreeMap::new();
             let mut limit = frames;
             for step in steps {
@@ -158,8 +176,19 @@ mod tests {
     }
 
     #[test]
+    fn spare_frames_are_for_a_hurry() {
+        let mut table = Frames::new(100, 10, 3);
+        assert_eq!((0..10).filter(|cluster| table.take(*cluster).is_some()).count(), 7);
+        table.use_spare(true);
+        assert_eq!((table.available(), table.take(50).is_some()), (3, true));
+        table.use_spare(false);
+        assert_eq!((table.available(), table.take(51)), (0, None));
+        assert!(table.claim(52, 9) && table.in_use() == 9, "what is there already is there");
+    }
+
+    #[test]
     fn neighbours_get_neighbouring_frames() {
-        let mut table = Frames::new(100, 100);
+        let mut table = Frames::new(100, 100, 0);
         let taken: Vec<_> = (10..20).map(|cluster| table.take(cluster).unwrap()).collect();
         assert!(taken.windows(2).all(|pair| pair[1] == pair[0] + 1));
     }

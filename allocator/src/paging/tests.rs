@@ -237,6 +237,14 @@ fn a_full_swap_region_makes_the_guest_wait_until_there_is_room_and_loses_nothing
         let stood = progress.load(Ordering::SeqCst);
         assert!(stood < pages * 2 / 3, "48 clusters of 128 have room: {stood}");
         std::thread::sleep(Duration::from_millis(100));
+        // To stop its vCPU what it waits for is brought, and no more.
+        let stood = progress.load(Ordering::SeqCst);
+        pager.hurry(true);
+        let begun = Instant::now();
+        while progress.load(Ordering::SeqCst) == stood {
+            assert!(begun.elapsed() < Duration::from_secs(20), "a page that is waited for comes in a hurry");
+        }
+        pager.hurry(false);
         assert!(!guest.is_finished() && home.events.try_recv().is_err(), "told once");
         // Room comes: the guest's first clusters, again and again.
         let begun = Instant::now();

@@ -9,10 +9,10 @@ use anyhow::Context as _;
 use super::progress::Progress;
 use super::survey::{VmState, names, survey};
 use super::{Environment, lineage, live, output};
-use crate::machine::config::{SerialTarget, VmConfig};
+use crate::machine::config::{ByteSize, SerialTarget, VmConfig};
 use crate::machine::time::nanoseconds;
 use crate::persistence::recovery::{Doubt, assess};
-use crate::persistence::regions::{RegionsError, VmRegions};
+use crate::persistence::regions::{RegionsError, VmRegions, region_name};
 use crate::persistence::rollback::{Pages, Plan, Restored, Skipped, recover, roll_back};
 use crate::supervisor::Supervisor;
 use crate::supervisor::launch::{self, Role};
@@ -43,6 +43,9 @@ pub(super) struct Args {
     /// With --generation: do not keep what was
     #[arg(long, requires = "generation")]
     discard: bool,
+    /// A VM that swaps gets a larger swap region first, as in 8G: for one whose guest waits since RAM and swap are full
+    #[arg(long, value_name = "SIZE", conflicts_with = "all")]
+    swap: Option<ByteSize>,
     /// All that are frozen, or were cut off and have generations, in the order of their names; in the background
     #[arg(long)]
     all: bool,
@@ -55,6 +58,9 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
     match &args.name {
         Some(name) => {
             let pool = environment.open_pool()?;
+            if let Some(swap) = args.swap {
+                grow_swap(&pool, name, swap)?;
+            }
             if Role::of_this_process() != Role::First {
                 return here(environment, args, live::hold(&pool, name)?);
             }
@@ -81,9 +87,33 @@ fn one(environment: &Environment, pool: &Pool, regions: VmRegions, args: &Args) 
 }
 
 /// Lives the VM's life in this process.
-fn here(environment: &Environment, args: &Args, regions: VmRegions) -> anyhow::Result<ExitCode> {
+fn here(environment: &Environment, args: &Args, mut regions: VmRegions) -> anyhow::Result<ExitCode> {
+    if args.swap.is_some() {
+        regions.set_config(VmConfig { swap: args.swap, ..regions.config().clone() });
+    }
     let begin = |keyboard| Ok(Supervisor::resume(environment.pool.clone(), regions, keyboard, !args.no_prefetch)?);
     live::here(begin, |_| {})
+}
+
+/// Makes the swap region of a VM larger; nothing if it is so already. What is in it stays.
+fn grow_swap(pool: &Pool, name: &str, swap: ByteSize) -> anyhow::Result<()> {
+    let regions = live::hold(pool, name)?;
+    let mut config = regions.config().clone();
+    let (before, Some(geometry)) = (config.swap_bytes(), config.geometry()) else {
+        anyhow::bail!("--swap: VM {name} does not swap: all of its {} of memory is RAM", config.memory);
+    };
+    if swap.0 < before {
+        anyhow::bail!("--swap {swap}: VM {name} has {} of swap, and gets no less", ByteSize(before));
+    }
+    config.swap = Some(swap);
+    config.validate()?;
+    drop(regions);
+    let region = region_name(name, "swap")?;
+    let size = geometry.swap_region(swap.0);
+    if pool.get(&region).is_some_and(|region| region.size < size) {
+        pool.resize(&region, size)?;
+    }
+    Ok(())
 }
 
 /// The generation to go back to.

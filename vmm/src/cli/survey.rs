@@ -136,8 +136,8 @@ pub(super) fn survey(environment: &Environment, pool: &Pool, name: &str) -> Resu
 
 impl Survey {
     fn read_from(&mut self, regions: &VmRegions) {
-        let VmConfig { cpus, .. } = regions.config();
-        self.cpus = Some(*cpus);
+        let VmConfig { cpus, memory, .. } = regions.config();
+        (self.cpus, self.memory) = (Some(*cpus), Some(memory.0));
         match assess(regions) {
             Ok(()) => {
                 self.state = VmState::Frozen;
@@ -208,7 +208,7 @@ impl Survey {
                     _ => VmState::Running,
                 };
                 self.pid = Some(status.pid);
-                self.cpus = Some(status.config.cpus);
+                (self.cpus, self.memory) = (Some(status.config.cpus), Some(status.config.memory.0));
                 if let Some(restoring) = &status.restoring {
                     self.restoring(&restoring.generation, restoring.present, restoring.clusters);
                 }

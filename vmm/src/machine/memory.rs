@@ -46,6 +46,10 @@ pub unsafe trait HostMemory: Send + Sync + std::fmt::Debug {
     fn bring_all_in(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         self.bring_in(0, self.len() as u64)
     }
+    /// vCPUs are being stopped: whoever waits for memory is not to wait for long, until this is taken back.
+    fn hurry(&self, hurry: bool) {
+        let _ = hurry;
+    }
     /// Copies bytes out, wherever they are, without bringing them in. `false`: there is no such way; bring them in and read them.
     ///
     /// # Errors
@@ -227,6 +231,11 @@ impl GuestRam {
     /// [`MemoryError::Absent`].
     pub fn bring_in(&self) -> Result<(), MemoryError> {
         self.host.bring_all_in().map_err(MemoryError::Absent)
+    }
+
+    /// vCPUs are being stopped, or were: see [`HostMemory::hurry`].
+    pub(super) fn hurry(&self, hurry: bool) {
+        self.host.hurry(hurry);
     }
 
     /// Who sees the guest's writes.

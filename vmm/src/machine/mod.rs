@@ -251,7 +251,11 @@ impl Machine {
     /// [`KvmError::Stuck`], [`KvmError::ThreadGone`].
     pub fn pause(&self) -> Result<(), MachineError> {
         self.vcpus.iter().for_each(Vcpu::request_pause);
-        Ok(self.vcpus.iter().try_for_each(Vcpu::wait_idle)?)
+        // One that waits for memory does not hear of the request before it has that.
+        self.ram.hurry(true);
+        let idle = self.vcpus.iter().try_for_each(Vcpu::wait_idle);
+        self.ram.hurry(false);
+        Ok(idle?)
     }
 
     /// Whether the guest ended (power-off, reset, failure), though its owner may not have been told yet.

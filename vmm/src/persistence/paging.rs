@@ -91,6 +91,10 @@ unsafe impl HostMemory for PagedMemory {
         Ok(())
     }
 
+    fn hurry(&self, hurry: bool) {
+        self.0.hurry(hurry);
+    }
+
     fn copy_out(&self, offset: u64, into: &mut [u8]) -> Result<bool, Box<dyn Error + Send + Sync>> {
         self.0.read(offset, into)?;
         Ok(true)

@@ -231,7 +231,8 @@ impl Generations {
             origin: order.origin,
             carried: self.carried.take(),
             expected: self.precopy.left,
-            precopy: self.precopy.worthwhile(),
+            // Paged memory that changed may be swapped out by now, and is not to be read in the pause.
+            precopy: self.precopy.worthwhile() || machine.config().geometry().is_some(),
         };
         let carried = wanted.carried.clone();
         self.watching = true;
