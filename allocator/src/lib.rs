@@ -26,6 +26,7 @@
 //! Bytes on the medium are described in `FORMAT.md`; the words are those of the project's design.
 #![deny(unsafe_code)]
 
+pub mod budget;
 pub mod catalog;
 pub mod frame;
 pub mod header;

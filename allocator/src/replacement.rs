@@ -65,6 +65,9 @@ const PROBATION_MOST: u32 = 2;
 /// While more than this part of the frames is free, 1 in …, newcomers go to main: nobody is there whom they could push out.
 const FILLING: u32 = 16;
 
+/// A miss is near if as many frames more, 1 in …, had held the cluster.
+const NEAR: u32 = 16;
+
 /// No cluster: the end of a list. No `Vec` indexed by a `u32` below `clusters` has it.
 const NONE: u32 = u32::MAX;
 
@@ -132,6 +135,7 @@ pub struct Replacement {
     /// Faults so far.
     now: u64,
     evictions: u64,
+    near_misses: u64,
     /// Clusters that may be unmapped.
     owed: u32,
 }
@@ -148,6 +152,7 @@ impl Replacement {
             probation: frames / PROBATION,
             now: 0,
             evictions: 0,
+            near_misses: 0,
             owed: 0,
         };
         new.set_frames(frames);
@@ -192,6 +197,7 @@ impl Replacement {
         }
         self.now += 1;
         let place = self.place_of_used(&node);
+        self.near_misses += u64::from(self.is_near_miss(&node));
         self.adapt(&node, place);
         self.place(cluster, place);
         self.set_used(cluster);
@@ -270,6 +276,13 @@ impl Replacement {
         self.set_pins(cluster, |pins| pins.saturating_sub(1));
     }
 
+    /// Hard faults so far for clusters that were evicted of late: a sixteenth more frames would have saved them, about. What more memory
+    /// is worth, as ARC asks its ghosts.
+    #[must_use]
+    pub fn near_misses(&self) -> u64 {
+        self.near_misses
+    }
+
     /// The resident clusters, hottest first as far as that is known: pinned ones, main, probation.
     pub fn recency(&self) -> impl Iterator<Item = u32> {
         let places = [PINNED, Place::MainMapped, Place::MainStandby, Place::ProbationMapped, Place::ProbationStandby];
@@ -294,6 +307,11 @@ impl Replacement {
         self.set_displaced(coldest);
         self.place(coldest, Place::ProbationStandby);
         Place::MainMapped
+    }
+
+    fn is_near_miss(&self, node: &Node) -> bool {
+        let ago = self.evictions.saturating_sub(node.since);
+        node.since != 0 && ago <= u64::from(self.frames / NEAR)
     }
 
     /// Learns from a cluster that comes back to `place` how large probation should be.

@@ -452,6 +452,24 @@ fn what_was_read_ahead_and_never_used_goes_first() {
 }
 
 #[test]
+fn a_near_miss_is_a_fault_for_what_went_out_of_late() {
+    let mut policy = Replacement::new(1000, 160);
+    let mut mapped = vec![false; 1000];
+    for cluster in 0..500 {
+        access(&mut policy, &mut mapped, cluster);
+    }
+    assert_eq!(policy.near_misses(), 0);
+    let mut gone: Vec<u32> = std::iter::from_fn(|| policy.victim()).take(20).collect();
+    policy.admitted(gone.remove(0));
+    assert_eq!(policy.near_misses(), 0, "nineteen went after it");
+    policy.admitted(gone.pop().unwrap());
+    assert_eq!(policy.near_misses(), 1);
+    policy.removed(gone[18 - 1]);
+    policy.admitted(gone[18 - 1]);
+    assert_eq!(policy.near_misses(), 1, "what the guest freed is not missed");
+}
+
+#[test]
 fn what_was_removed_is_a_stranger_again() {
     let mut policy = Replacement::new(100, 10);
     policy.admitted(3);
