@@ -122,6 +122,7 @@ pub fn divide(limit: u64, demands: &[Demand]) -> Vec<Share> {
         vm.floor = vm.floor.min(SIZE_MOST);
         vm.cap = vm.cap.clamp(vm.floor, SIZE_MOST);
         vm.share.target = vm.share.target.clamp(vm.floor, vm.cap);
+        vm.share.patience = vm.share.patience.min(PATIENCE_MOST);
         vm.share.rest = vm.share.rest.min(PATIENCE_MOST).saturating_sub(1);
     }
     shrink_to(limit, &mut vms);

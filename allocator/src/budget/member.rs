@@ -127,6 +127,10 @@ impl Budget {
     /// # Errors
     /// [`BudgetError::Table`], [`BudgetError::Busy`].
     pub fn rows(&self) -> Result<Vec<Row>, BudgetError> {
+        // Who only looks makes no table.
+        if matches!(self.pool.vfs().entry_kind(&self.path), Ok(None)) {
+            return Ok(Vec::new());
+        }
         let mut rows = self.lock(now())?.table.rows;
         rows.retain(|row| self.lives(row));
         Ok(rows)
