@@ -72,6 +72,9 @@ pub struct Settings {
     /// Per medium; one that is missing here has the defaults.
     #[serde(default)]
     pub media: BTreeMap<MediumKind, MediumSettings>,
+    /// The most bytes that VMs may have in memory together (see [`crate::budget`]); `None` leaves each what it was started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ram_limit: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -334,7 +337,7 @@ mod tests {
     use vfs::CrashVfs;
 
     fn settings() -> Settings {
-        Settings { default_medium: MediumKind::File, media: BTreeMap::new() }
+        Settings { default_medium: MediumKind::File, media: BTreeMap::new(), ram_limit: None }
     }
 
     fn region(id: u64, name: &str) -> RegionInfo {

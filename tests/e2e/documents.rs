@@ -107,6 +107,22 @@ fn pool_list_df_and_check_are_documents_too() {
 }
 
 #[test]
+fn a_limit_of_ram_is_the_pools_until_it_is_lifted() {
+    let vm = Vm::new("web");
+    let limit = |arguments: &[&str]| {
+        let document = vm.perdure.run(&[&["pool", "limit", "--json"], arguments].concat()).expect_code(0).json();
+        has(&document, &["promised", "granted"]);
+        document["ram"].clone()
+    };
+    assert_eq!(limit(&["--ram", "8G"]), 8_u64 << 30);
+    vm.start(&COUNTER);
+    assert_eq!(limit(&[]), 8_u64 << 30);
+    assert!(vm.perdure.run(&["pool", "limit"]).expect_code(0).stdout.starts_with("limit 8 GiB"));
+    assert_eq!(limit(&["--none"]), Value::Null);
+    assert_eq!(limit(&[]), Value::Null);
+}
+
+#[test]
 fn logs_go_to_stderr_alone() {
     let vm = Vm::new("web");
     vm.start(&COUNTER);

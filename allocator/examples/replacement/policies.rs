@@ -27,7 +27,8 @@ pub(crate) fn all(trace: &[u32]) -> Vec<(String, Box<dyn Policy>)> {
     for share in [5, 10, 25, 50] {
         all.push((format!("segmented FIFO, {share} %"), Box::new(SegmentedFifo::new(share))));
     }
-    all.push(("`Replacement`".to_owned(), Box::new(Ours::new())));
+    all.push(("`Replacement`".to_owned(), Box::new(Ours::new(0))));
+    all.push(("`Replacement`, some free".to_owned(), Box::new(Ours::new(FRAMES / 32))));
     all.push(("CLOCK*".to_owned(), Box::new(Clock::new(true))));
     all.push(("LRU*".to_owned(), Box::new(Lru::new())));
     all.push(("S3-FIFO*".to_owned(), Box::new(S3Fifo::new())));
@@ -299,19 +300,23 @@ impl Policy for S3Fifo {
     }
 }
 
-/// The crate's, as a pager uses it.
+/// The crate's, as a pager uses it: it evicts in batches, so that between one and two reserves of frames are free.
 struct Ours {
     policy: Replacement,
+    reserve: u32,
     state: Vec<Access>,
 }
 
 impl Ours {
-    fn new() -> Self {
-        Self { policy: Replacement::new(CLUSTERS, FRAMES), state: table(Access::Hard) }
+    fn new(reserve: u32) -> Self {
+        Self { policy: Replacement::new(CLUSTERS, FRAMES), reserve, state: table(Access::Hard) }
     }
 
     fn make_room(&mut self) {
-        while self.policy.resident() >= FRAMES {
+        if self.policy.resident() < FRAMES - self.reserve {
+            return;
+        }
+        while self.policy.resident() >= FRAMES - 2 * self.reserve {
             if let Some(victim) = self.policy.victim() {
                 self.state[victim as usize] = Access::Hard;
             } else if let Some(cluster) = self.policy.demote() {

@@ -334,6 +334,14 @@ impl Pool {
         })
     }
 
+    /// Sets what VMs may have in memory together; see [`crate::budget::Budget::set_limit`], which asks whether that can be.
+    pub(crate) fn set_ram_limit(&self, limit: Option<u64>) -> Result<(), PoolError> {
+        self.change(|catalog| {
+            catalog.settings.ram_limit = limit;
+            Ok(catalog.commit(&*self.vfs, &self.dir)?)
+        })
+    }
+
     /// Removes what crashed operations left behind. Every change does that first; this does nothing else.
     ///
     /// # Errors

@@ -54,7 +54,8 @@ impl Pool {
             Ok(catalog) => catalog,
             Err(CatalogError::Missing { .. }) => {
                 refuse_lost(&*vfs, dir)?;
-                let settings = Settings { default_medium: detect(&*vfs, dir)?, media: BTreeMap::new() };
+                let settings =
+                    Settings { default_medium: detect(&*vfs, dir)?, media: BTreeMap::new(), ram_limit: None };
                 let catalog = Catalog::new(random(), settings);
                 catalog.commit(&*vfs, dir)?;
                 catalog

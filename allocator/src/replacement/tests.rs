@@ -9,6 +9,8 @@ use super::*;
 struct Model {
     clusters: u32,
     frames: u32,
+    in_use: u32,
+    filling: bool,
     probation: u32,
     probation_mapped: Vec<u32>,
     probation_standby: Vec<u32>,
@@ -28,7 +30,8 @@ struct Model {
 
 impl Model {
     fn new(clusters: u32, frames: u32) -> Self {
-        let mut model = Self { clusters, frames, probation: frames / PROBATION, ..Self::default() };
+        let mut model =
+            Self { clusters, frames, in_use: frames, filling: true, probation: frames / PROBATION, ..Self::default() };
         model.clamp();
         model
     }
@@ -86,9 +89,7 @@ impl Model {
 
     fn entry(&mut self, cluster: u32) -> Place {
         let used = self.used.get(&cluster).copied().unwrap_or(0);
-        let resident = self.main() + self.in_probation();
-        let (target, free) = (self.frames.saturating_sub(self.probation), self.frames.saturating_sub(resident));
-        if self.main() < target && (used > 0 || free > self.frames / FILLING) {
+        if self.main() < self.in_use.saturating_sub(self.probation) && (used > 0 || self.filling) {
             return Place::MainMapped;
         }
         match self.main_standby.first().copied() {
@@ -153,12 +154,12 @@ impl Model {
         let (probation, main) = (self.probation_mapped.first().copied(), self.main_mapped.first().copied());
         let lacks_probation = self.count(Place::ProbationStandby) < self.in_probation().div_ceil(PROBATION_STANDBY);
         let lacks_main = self.count(Place::MainStandby) < self.main().div_ceil(MAIN_STANDBY);
-        let stuck = self.probation_standby.is_empty() && self.main_standby.is_empty();
+        let main_first = self.main() > self.in_use.saturating_sub(self.probation);
+        let main_can_go = main_first || self.probation_mapped.is_empty();
+        let stuck = self.probation_standby.is_empty() && (self.main_standby.is_empty() || !main_can_go);
         let (cluster, place) = match (probation, main) {
-            (Some(probation), _) if lacks_probation => (probation, Place::ProbationStandby),
-            (_, Some(main)) if lacks_main => (main, Place::MainStandby),
-            (Some(probation), _) if stuck => (probation, Place::ProbationStandby),
-            (None, Some(main)) if stuck => (main, Place::MainStandby),
+            (Some(probation), _) if lacks_probation || stuck => (probation, Place::ProbationStandby),
+            (_, Some(main)) if lacks_main || stuck => (main, Place::MainStandby),
             _ => return None,
         };
         self.owed -= 1;
@@ -168,13 +169,16 @@ impl Model {
     }
 
     fn victim(&mut self) -> Option<u32> {
-        let main_first = self.main() > self.frames.saturating_sub(self.probation);
+        let main_first = self.main() > self.in_use.saturating_sub(self.probation);
         let (probation, main) = (self.probation_standby.first().copied(), self.main_standby.first().copied());
-        let Some(cluster) = (if main_first { main.or(probation) } else { probation.or(main) }) else {
-            self.owed = self.owed.max(1);
+        let spared = main.filter(|_| self.probation_mapped.is_empty());
+        let Some(cluster) = (if main_first { main.or(probation) } else { probation.or(spared) }) else {
+            self.owed = self.owed.max(UNMAPS_FOR_A_VICTIM);
             return None;
         };
         self.owed = (self.owed + UNMAPS_A_VICTIM).min(UNMAPS_OWED_MAX);
+        self.in_use = self.frames.min(self.main() + self.in_probation());
+        self.filling = false;
         self.evictions += 1;
         if Some(cluster) == main {
             self.displaced.insert(cluster, true);
@@ -323,7 +327,11 @@ proptest! {
                 }
                 Step::Frames(frames) => {
                     policy.set_frames(frames);
+                    if frames > model.frames {
+                        (model.in_use, model.filling) = (frames, true);
+                    }
                     model.frames = frames;
+                    model.in_use = model.in_use.min(frames);
                     model.clamp();
                 }
             }
@@ -449,6 +457,24 @@ fn what_was_read_ahead_and_never_used_goes_first() {
     policy.prefetched(9);
     assert_eq!((policy.victim(), policy.victim()), (Some(8), Some(9)));
     assert!(is_mapped(&policy, 0));
+}
+
+#[test]
+fn a_near_miss_is_a_fault_for_what_went_out_of_late() {
+    let mut policy = Replacement::new(1000, 160);
+    let mut mapped = vec![false; 1000];
+    for cluster in 0..500 {
+        access(&mut policy, &mut mapped, cluster);
+    }
+    assert_eq!(policy.near_misses(), 0);
+    let mut gone: Vec<u32> = std::iter::from_fn(|| policy.victim()).take(20).collect();
+    policy.admitted(gone.remove(0));
+    assert_eq!(policy.near_misses(), 0, "nineteen went after it");
+    policy.admitted(gone.pop().unwrap());
+    assert_eq!(policy.near_misses(), 1);
+    policy.removed(gone[18 - 1]);
+    policy.admitted(gone[18 - 1]);
+    assert_eq!(policy.near_misses(), 1, "what the guest freed is not missed");
 }
 
 #[test]

@@ -4,8 +4,11 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
+use allocator::budget::Budget;
+
 use super::output::say;
 use super::{Environment, output};
+use crate::machine::config::ByteSize;
 
 /// Look at the pool itself.
 #[derive(Debug, clap::Args)]
@@ -20,6 +23,8 @@ enum What {
     List(Format),
     /// Show how much each medium holds, and how much is left
     Df(Format),
+    /// Show or set what running VMs may have in memory together
+    Limit(Limit),
     /// Look for damage, and report it; nothing is altered. Exit status 1 if there is any
     Check(Format),
 }
@@ -31,10 +36,23 @@ struct Format {
     json: bool,
 }
 
+#[derive(Debug, clap::Args)]
+struct Limit {
+    /// Set it, as in 8G; VMs that run follow within seconds
+    #[arg(long, value_name = "SIZE", conflicts_with = "none")]
+    ram: Option<ByteSize>,
+    /// Lift it
+    #[arg(long)]
+    none: bool,
+    #[command(flatten)]
+    format: Format,
+}
+
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
     match &args.what {
         What::List(format) => list(environment, format).map(|()| ExitCode::SUCCESS),
         What::Df(format) => df(environment, format).map(|()| ExitCode::SUCCESS),
+        What::Limit(limits) => limit(environment, limits).map(|()| ExitCode::SUCCESS),
         What::Check(format) => check(environment, format),
     }
 }
@@ -112,6 +130,39 @@ fn df(environment: &Environment, format: &Format) -> anyhow::Result<()> {
     };
     let rows: Vec<_> = usage.into_iter().map(cells).collect();
     output::table(&["MEDIUM", "ALLOCATED", "FREE", "LIMIT", "DIRECTORY"], &rows);
+    Ok(())
+}
+
+#[derive(Debug, Serialize)]
+struct LimitDocument {
+    /// In bytes.
+    ram: Option<u64>,
+    /// The floors of the VMs that run, in bytes.
+    promised: u64,
+    /// What they may have now, in bytes.
+    granted: u64,
+}
+
+fn limit(environment: &Environment, args: &Limit) -> anyhow::Result<()> {
+    let setting = args.none || args.ram.is_some();
+    let pool = if setting { environment.open_or_create_pool()? } else { environment.open_pool()? };
+    let budget = Budget::of(&pool)?;
+    if setting {
+        budget.set_limit(args.ram.map(|size| size.0))?;
+        pool.refresh()?;
+    }
+    let rows = budget.rows()?;
+    let document = LimitDocument {
+        ram: pool.settings().ram_limit,
+        promised: rows.iter().map(|row| row.demand.floor).sum(),
+        granted: rows.iter().map(|row| row.granted).sum(),
+    };
+    if args.format.json {
+        return output::json(&document);
+    }
+    let limit = document.ram.map_or_else(|| "none".to_owned(), output::bytes);
+    let (promised, granted) = (output::bytes(document.promised), output::bytes(document.granted));
+    say!("limit {limit}; {} VMs share it: {promised} promised, {granted} granted", rows.len());
     Ok(())
 }
 
