@@ -26,8 +26,8 @@ struct HostFile {
     /// For messages alone.
     path: PathBuf,
     poison: Poison,
-    /// The same file, opened for direct I/O when that is first wanted. `None` if it cannot be.
-    direct: OnceLock<Option<File>>,
+    /// The same file, opened for direct reads when that is first wanted. `None` if it cannot be.
+    uncached: OnceLock<Option<File>>,
 }
 
 /// The number of the system call: the same on every architecture, and not in the C library yet.
@@ -121,18 +121,18 @@ fn kind_of(found: fs::FileType) -> EntryKind {
 
 impl HostFile {
     fn new(file: File, path: &Path) -> Self {
-        Self { file, path: path.to_owned(), poison: Poison::default(), direct: OnceLock::new() }
+        Self { file, path: path.to_owned(), poison: Poison::default(), uncached: OnceLock::new() }
     }
 
-    /// The file for direct I/O. By its descriptor: what is at its path may be another one by now.
-    fn direct(&self) -> Option<&File> {
+    /// The file for direct reads. By its descriptor: what is at its path may be another one by now.
+    fn uncached(&self) -> Option<&File> {
         let open = || {
             let flags = OFlags::DIRECT | OFlags::NONBLOCK | OFlags::NOCTTY;
             let mut options = OpenOptions::new();
             options.read(true).custom_flags(flags.bits().cast_signed());
             options.open(format!("/proc/self/fd/{}", self.file.as_raw_fd())).ok()
         };
-        self.direct.get_or_init(open).as_ref()
+        self.uncached.get_or_init(open).as_ref()
     }
 
     /// Whether the page cache has most of `length` bytes at `offset`, so that a direct read would only be slower; also if that cannot be
@@ -175,7 +175,7 @@ impl VfsFile for HostFile {
         if !aligned || (from == ReadFrom::Nearest && self.is_cached(offset, buffer.len())) {
             return self.read_at(buffer, offset);
         }
-        let read = self.direct().map(|direct| direct.read_at(buffer, offset));
+        let read = self.uncached().map(|uncached| uncached.read_at(buffer, offset));
         // The file system may say only now that it cannot; and an error may be the device's: an ordinary read tells.
         read.and_then(Result::ok).map_or_else(|| self.read_at(buffer, offset), Ok)
     }
@@ -190,7 +190,7 @@ impl VfsFile for HostFile {
         let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let flags = OFlags::DIRECT.bits().cast_signed();
         match OpenOptions::new().read(true).write(true).custom_flags(flags).open(same) {
-            Ok(file) => Ok(Some(Box::new(HostFile { file, path: self.path.clone(), poison: Poison::default() }))),
+            Ok(file) => Ok(Some(Box::new(HostFile::new(file, &self.path)))),
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(None),
             Err(error) => Err(error),
         }
