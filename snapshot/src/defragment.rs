@@ -13,7 +13,7 @@ use crate::hash::Hash;
 use crate::layout::{Layout, SegmentKey};
 use crate::node::{Entry, Link, NodeRef, PAGE_UNIT};
 use crate::pack::PackFile;
-use crate::place::{coalesce, hull};
+use crate::place::{PAGE_GAP, coalesce, hull};
 use crate::radix::Change;
 use crate::store::Store;
 use crate::writer::Writer;
@@ -96,7 +96,7 @@ impl Writer {
             layout.give_up(segment);
         }
         let (mut copies, mut copied): (HashMap<Link, Link>, u64) = (HashMap::new(), 0);
-        for read in coalesce(&found, |(_, _, entry)| entry.first.place()) {
+        for read in coalesce(&found, PAGE_GAP, |(_, _, entry)| entry.first.place()) {
             copied += self.copy_together(&found[read], &mut copies)?;
         }
         for (draft, page, entry) in found {

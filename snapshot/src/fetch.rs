@@ -4,10 +4,13 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use vfs::ReadFrom;
+
 use crate::archive::{Archive, LeafNode, wrong_kind};
 use crate::error::StoreError;
 use crate::node::{ManifestRegion, Node, NodeRef, capacity, verify};
 use crate::pack::{MIRRORS, PackFile};
+use crate::place::NODE_GAP;
 use crate::stream::{Read, Source};
 
 /// A leaf of a region: its first page, and where it lies.
@@ -81,6 +84,8 @@ impl Archive {
         let source = Source {
             packs: self.packs(),
             file: mirror,
+            from: ReadFrom::Nearest,
+            gap: NODE_GAP,
             sorted,
             place: |(_, node): &(usize, NodeRef)| node.place(),
             stop: &AtomicBool::new(false),

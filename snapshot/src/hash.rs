@@ -51,6 +51,12 @@ impl Hash {
         u64::from_le_bytes([a, b, c, d, e, f, g, h])
     }
 
+    /// All of its bits.
+    pub(crate) fn halves(self) -> (u64, u64) {
+        let bits = u128::from_le_bytes(self.0);
+        (bits as u64, (bits >> 64) as u64)
+    }
+
     /// The identities of pages; every item must be [`PAGE_SIZE`] long.
     pub(crate) fn of_pages<'a>(pages: impl IntoIterator<Item = &'a [u8]>) -> Vec<Self> {
         let platform = Platform::detect();

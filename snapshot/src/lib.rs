@@ -45,6 +45,7 @@ pub mod fuzz;
 mod generation;
 mod hash;
 mod impact;
+mod known;
 mod layout;
 mod ledger;
 mod mark;
@@ -64,6 +65,7 @@ mod store;
 mod stream;
 mod sweep;
 mod transfer;
+mod walk;
 mod writer;
 
 pub use codec::Compression;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use vfs::{EntryKind, OpenMode, Vfs, VfsFile};
+use vfs::{EntryKind, IoBuffer, OpenMode, ReadFrom, Vfs, VfsFile};
 
 use crate::error::StoreError;
 use crate::frame::{Append, Fields, Malformed, crc};
@@ -27,6 +27,9 @@ const OPEN_MAX: usize = 256;
 const SYNC_EVERY: u64 = 32 << 20;
 /// Smallest write worth a thread.
 const BACKGROUND_MIN: usize = 1 << 20;
+/// Largest read for which ordinary memory does.
+const SMALL_READ: usize = 128 << 10;
+const HUGE_PAGE: usize = 2 << 20;
 const MAGIC: u64 = u64::from_le_bytes(*b"PERDUPAK");
 const VERSION: u16 = 1;
 
@@ -92,6 +95,11 @@ pub(crate) fn check_header(bytes: &[u8], store: [u8; 16], data: bool, pack: u32)
         return Err(Malformed("its version is unknown"));
     }
     if bytes == header(store, data, pack) { Ok(()) } else { Err(Malformed("its header is not this pack's")) }
+}
+
+/// Bytes of memory for a read of `length` bytes: huge pages, unless it is so small that to zero one takes longer than the read.
+fn capacity(length: usize) -> usize {
+    if length <= SMALL_READ { length } else { length.next_multiple_of(HUGE_PAGE) }
 }
 
 /// What the pack directory holds.
@@ -162,6 +170,32 @@ impl Packs {
         // Never shorter: what is cut off would have to be zeroed to get it back.
         buffer.resize(buffer.len().max(length), 0);
         self.read_some(file, place.pack, place.start, &mut buffer[..length])
+    }
+
+    /// Reads the bytes of `place`, many at once, into `buffer`, or into a new one if that is too short. Returns where in it they begin, and how
+    /// many there were; the rest of them is zeroed.
+    pub(crate) fn read_large(
+        &self,
+        file: PackFile,
+        place: Place,
+        from: ReadFrom,
+        buffer: &mut Option<IoBuffer>,
+    ) -> io::Result<(usize, usize)> {
+        // Whole blocks, as direct I/O wants them.
+        let start = place.start & !(BLOCK - 1);
+        let (skip, length) = ((place.start - start) as usize, (place.end.next_multiple_of(BLOCK) - start) as usize);
+        let fits = buffer.take_if(|buffer| buffer.len() >= length);
+        let buffer = buffer.insert(fits.map_or_else(|| IoBuffer::new(capacity(length)), Ok)?);
+        let handle = self.handle(file, place.pack)?;
+        let mut done = 0;
+        while done < length {
+            match handle.read_large_at(&mut buffer[done..length], start + done as u64, from)? {
+                0 => break,
+                count => done += count,
+            }
+        }
+        buffer[done..length].fill(0);
+        Ok((skip, done.saturating_sub(skip).min((place.end - place.start) as usize)))
     }
 
     /// The length of a pack file.

@@ -6,6 +6,8 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use vfs::ReadFrom;
+
 use crate::codec::Codec;
 use crate::error::StoreError;
 use crate::frame::Malformed;
@@ -13,6 +15,7 @@ use crate::generation::{PAGE_SIZE, Page, pages_of};
 use crate::hash::Hash;
 use crate::node::{Entry, FANOUT, Link, ManifestRegion};
 use crate::pack::PackFile;
+use crate::place::PAGE_GAP;
 use crate::reader::Reader;
 use crate::store::{Integrity, Store};
 use crate::stream::{Read, Source};
@@ -170,6 +173,8 @@ impl Work<'_> {
         let source = Source {
             packs: &self.reader.store.inner.packs,
             file: PackFile::Data,
+            from: ReadFrom::Nearest,
+            gap: PAGE_GAP,
             sorted: jobs,
             place: |job: &Job| job.link().place(),
             stop: &self.stop,

@@ -47,10 +47,11 @@ pub struct Options {
     pub redundancy: Option<NonZeroU32>,
     /// Bytes of data packs over which the pages of a new generation may be spread, in per cent of their own bytes. Where small changes have
     /// spread them further, the generation has some of them written once more, side by side, so that it is restored as quickly as the
-    /// first one. At most four bytes are copied for one that changed; uniformly scattered changes need about two and a half
+    /// first one. At most four bytes are copied for one that changed; uniformly scattered changes need about 2.8
     /// at 115 per cent, others less. `None`: nothing is copied.
     pub spread: Option<NonZeroU32>,
-    /// Bytes of a data pack that are looked at as one for that.
+    /// Bytes of a data pack that are looked at as one for that: pieces of about that size is what a restore reads. A generation of less than
+    /// 16 of them is left as it is.
     pub segment_bytes: u64,
     /// Bytes gathered before they are written, for each kind of pack. Twice that is held in memory.
     pub bufsize: usize,
@@ -79,7 +80,7 @@ impl Default for Options {
             compression: Compression::None,
             redundancy: None,
             spread: NonZeroU32::new(115),
-            segment_bytes: 256 << 10,
+            segment_bytes: 1 << 20,
             bufsize: 4 << 20,
             dedup_pages: 1 << 20,
             threads: std::thread::available_parallelism().map_or(1, |count| count.get().min(4)),

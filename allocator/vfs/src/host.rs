@@ -5,12 +5,13 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
 use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 
 use crate::poison::Poison;
-use crate::{DirEntry, EntryKind, OpenMode, Space, Vfs, VfsFile};
+use crate::{DirEntry, EntryKind, OpenMode, ReadFrom, Space, Vfs, VfsFile};
 
 /// The file system of this machine, through ordinary system calls.
 ///
@@ -25,7 +26,15 @@ struct HostFile {
     /// For messages alone.
     path: PathBuf,
     poison: Poison,
+    /// The same file, opened for direct reads when that is first wanted. `None` if it cannot be.
+    uncached: OnceLock<Option<File>>,
 }
+
+/// The number of the system call: the same on every architecture, and not in the C library yet.
+const CACHESTAT: libc::c_long = 451;
+
+/// What direct I/O must be aligned to: no device has larger blocks.
+const DIRECT_ALIGN: usize = 4096;
 
 impl Vfs for HostVfs {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Box<dyn VfsFile>> {
@@ -44,7 +53,7 @@ impl Vfs for HostVfs {
         if !file.metadata()?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
-        Ok(Box::new(HostFile { file, path: path.to_owned(), poison: Poison::default() }))
+        Ok(Box::new(HostFile::new(file, path)))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -111,6 +120,34 @@ fn kind_of(found: fs::FileType) -> EntryKind {
 }
 
 impl HostFile {
+    fn new(file: File, path: &Path) -> Self {
+        Self { file, path: path.to_owned(), poison: Poison::default(), uncached: OnceLock::new() }
+    }
+
+    /// The file for direct reads. By its descriptor: what is at its path may be another one by now.
+    fn uncached(&self) -> Option<&File> {
+        let open = || {
+            let flags = OFlags::DIRECT | OFlags::NONBLOCK | OFlags::NOCTTY;
+            let mut options = OpenOptions::new();
+            options.read(true).custom_flags(flags.bits().cast_signed());
+            options.open(format!("/proc/self/fd/{}", self.file.as_raw_fd())).ok()
+        };
+        self.uncached.get_or_init(open).as_ref()
+    }
+
+    /// Whether the page cache has most of `length` bytes at `offset`, so that a direct read would only be slower; also if that cannot be
+    /// told (Linux before 6.5).
+    fn is_cached(&self, offset: u64, length: usize) -> bool {
+        let range = [offset, length as u64];
+        let mut stat = [0_u64; 5];
+        // SAFETY: cachestat(2) reads two 64-bit numbers, writes five, and keeps neither address.
+        let done = unsafe {
+            libc::syscall(CACHESTAT, self.file.as_raw_fd(), range.as_ptr(), stat.as_mut_ptr(), 0 as libc::c_uint)
+        };
+        let [pages, ..] = stat;
+        done != 0 || pages.saturating_mul(DIRECT_ALIGN as u64) > length as u64 / 2
+    }
+
     /// Runs a sync; poisons the handle if it fails, whatever the reason.
     fn sync_with(&self, sync: impl FnOnce(&File) -> Result<(), Errno>) -> io::Result<()> {
         self.poison.check(&self.path)?;
@@ -131,6 +168,18 @@ impl VfsFile for HostFile {
         }
     }
 
+    fn read_large_at(&self, buffer: &mut [u8], offset: u64, from: ReadFrom) -> io::Result<usize> {
+        let aligned = offset.is_multiple_of(DIRECT_ALIGN as u64)
+            && buffer.len().is_multiple_of(DIRECT_ALIGN)
+            && buffer.as_ptr().addr().is_multiple_of(DIRECT_ALIGN);
+        if !aligned || (from == ReadFrom::Nearest && self.is_cached(offset, buffer.len())) {
+            return self.read_at(buffer, offset);
+        }
+        let read = self.uncached().map(|uncached| uncached.read_at(buffer, offset));
+        // The file system may say only now that it cannot; and an error may be the device's: an ordinary read tells.
+        read.and_then(Result::ok).map_or_else(|| self.read_at(buffer, offset), Ok)
+    }
+
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.poison.check(&self.path)?;
         self.file.write_all_at(bytes, offset)
@@ -141,7 +190,7 @@ impl VfsFile for HostFile {
         let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let flags = OFlags::DIRECT.bits().cast_signed();
         match OpenOptions::new().read(true).write(true).custom_flags(flags).open(same) {
-            Ok(file) => Ok(Some(Box::new(HostFile { file, path: self.path.clone(), poison: Poison::default() }))),
+            Ok(file) => Ok(Some(Box::new(HostFile::new(file, &self.path)))),
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(None),
             Err(error) => Err(error),
         }
@@ -278,6 +327,32 @@ mod tests {
     }
 
     #[test]
+    fn large_reads_find_what_ordinary_ones_do_aligned_or_not_cached_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..70_000_u32).map(|at| (at % 251) as u8).collect();
+        let file = write(&dir.path().join("f"), &bytes);
+        let mut buffer = crate::IoBuffer::new(1 << 17).unwrap();
+        for evict in [false, true] {
+            for from in [ReadFrom::Nearest, ReadFrom::Medium] {
+                for (offset, length) in
+                    [(0, 8192), (4096, 65_536), (65_536, 8192), (1, 4096), (4096, 5), (131_072, 4096)]
+                {
+                    if evict {
+                        file.sync_data().unwrap();
+                        let descriptor = file.descriptor().unwrap();
+                        rustix::fs::fadvise(descriptor, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+                    }
+                    buffer.fill(0xEE);
+                    let count = file.read_large_at(&mut buffer[..length], offset as u64, from).unwrap();
+                    let expected = bytes.get(offset..bytes.len().min(offset + length)).unwrap_or_default();
+                    assert_eq!(buffer[..count], *expected, "{offset}+{length}");
+                    assert!(buffer[length..].iter().all(|byte| *byte == 0xEE));
+                }
+            }
+        }
+    }
+
+    #[test]
     fn open_modes_differ_in_what_they_ask_and_keep() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
@@ -333,7 +408,7 @@ mod tests {
     fn after_a_failed_sync_nothing_is_believed() {
         // A descriptor without a disk behind it is the one thing on any machine whose fdatasync fails.
         let (reader, _writer) = rustix::pipe::pipe().unwrap();
-        let file = HostFile { file: File::from(reader), path: "pipe".into(), poison: Poison::default() };
+        let file = HostFile::new(File::from(reader), Path::new("pipe"));
         let first = file.sync_data().unwrap_err();
         assert!(!crate::is_poisoned(&first), "the first failure is the file system's own");
         assert!(crate::is_poisoned(&file.sync_data().unwrap_err()));

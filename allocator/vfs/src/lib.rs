@@ -25,10 +25,12 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
+mod buffer;
 pub mod crash;
 pub mod host;
 mod poison;
 
+pub use buffer::IoBuffer;
 pub use crash::CrashVfs;
 pub use host::HostVfs;
 pub use poison::{PoisonedError, is_poisoned};
@@ -46,6 +48,15 @@ pub enum OpenMode {
     OpenOrCreate,
     /// Created if missing, else truncated to length 0; for reading and writing.
     CreateTruncate,
+}
+
+/// Where [`VfsFile::read_large_at`] reads from, if it has the choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadFrom {
+    /// The page cache, if it has most of what is wanted; else the medium.
+    Nearest,
+    /// The medium.
+    Medium,
 }
 
 /// What a directory entry is.
@@ -144,6 +155,17 @@ pub trait VfsFile: Send + Sync + fmt::Debug {
     /// # Errors
     /// As the file system says.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// Reads as [`VfsFile::read_at`] does, many bytes at once, and where that can be done past the page cache: straight into `buffer`, and
+    /// leaving the cache as it is. For that `buffer` must begin at a page ([`IoBuffer`]), offset and length be multiples of 4096,
+    /// and the file system have direct I/O; else it is an ordinary read.
+    ///
+    /// # Errors
+    /// As the file system says.
+    fn read_large_at(&self, buffer: &mut [u8], offset: u64, from: ReadFrom) -> io::Result<usize> {
+        let _ = from;
+        self.read_at(buffer, offset)
+    }
 
     /// Writes all of `bytes` at `offset`, growing the file if need be.
     ///
