@@ -265,6 +265,16 @@ impl Pool {
         self.read(|catalog| catalog.path(&self.dir, region))
     }
 
+    /// Bytes of a region that are in the page cache and not on its medium yet; `None` where there is no such thing, or it cannot be told.
+    #[must_use]
+    pub fn dirty_bytes(&self, region: &RegionInfo) -> Option<u64> {
+        if region.medium != MediumKind::File {
+            return None;
+        }
+        let file = self.vfs.open(&self.path_of(region), vfs::OpenMode::Read).ok()?;
+        file.cached(region.data_offset, region.size).map(|cached| cached.dirty)
+    }
+
     /// Use of each medium.
     ///
     /// # Errors

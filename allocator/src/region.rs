@@ -353,6 +353,12 @@ impl Region {
         self.lease.file.zero(offset, size).map_err(|source| self.io("zero", source))
     }
 
+    /// As [`Region::zero`], of `length` bytes at `offset`, which may be mapped.
+    pub(crate) fn zero_at(&self, offset: u64, length: u64) -> Result<(), RegionError> {
+        let at = self.locate(offset, usize::try_from(length).unwrap_or(usize::MAX))?;
+        self.lease.file.zero(at, length).map_err(|source| self.io("zero", source))
+    }
+
     fn backing(&self) -> Backing<'_> {
         Backing {
             file: &*self.lease.file,

@@ -182,3 +182,45 @@ fn what_cannot_be_is_refused_before_anything_is_made() {
         assert!(!perdure.pool().exists(), "nothing is made");
     }
 }
+
+/// Starts a walk over 24 MiB that has all of them in RAM if it can.
+#[track_caller]
+fn start_walk(perdure: &Perdure, name: &str, more: &[&str]) -> tests::perdure::Ended {
+    let walk = "pattern=uniform ws=25165824 write=30 verify=1 report=1000";
+    let shape = ["--memory", "40M", "--ram", "32M", "--serial", "none", "--detach"];
+    perdure.run(&[&["run", name, "--guest", "memwalk", "--cmdline", walk], &shape[..], more].concat())
+}
+
+/// One look of `top`.
+#[track_caller]
+fn top(perdure: &Perdure, name: &str) -> Value {
+    let rows = perdure.run(&["top", "--once", "--json"]).expect_code(0).json();
+    let rows = rows.as_array().expect("rows").clone();
+    rows.iter().find(|row| row["name"] == name).cloned().unwrap_or_else(|| panic!("no {name}: {rows:?}"))
+}
+
+#[test]
+fn two_vms_share_what_ram_there_is_with_a_floor_each_and_nothing_is_lost() {
+    let perdure = Perdure::new();
+    start_walk(&perdure, "one", &["--ram-min", "8M"]).expect_code(0);
+    eventually("all of it in RAM", || number(&paged(&perdure, "one"), "resident") * 65536 > 24 << 20);
+    perdure.run(&["pool", "limit", "--ram", "40M"]).expect_code(0);
+    start_walk(&perdure, "two", &["--ram-min", "8M"]).expect_code(0);
+    let refused = start_walk(&perdure, "three", &["--ram-min", "30M"]).expect_code(1);
+    assert!(refused.stderr.contains("--ram-min"), "{}", refused.stderr);
+    let ram = |name: &str| top(&perdure, name)["ram"].as_u64().unwrap_or_default();
+    eventually("both within the limit", || {
+        let (one, two) = (ram("one"), ram("two"));
+        one + two <= 40 << 20 && one >= 8 << 20 && two >= 8 << 20 && one + two > 30 << 20
+    });
+    let row = top(&perdure, "two");
+    assert!(row["hard_faults_per_second"].as_f64() > Some(0.0) && row["mrr"].as_f64() < Some(100.0), "{row}");
+    perdure.run(&["pool", "limit", "--ram", "10M"]).expect_code(1);
+    perdure.run(&["stop", "one"]).expect_code(0);
+    eventually("the other one takes what is free", || ram("two") > 24 << 20);
+    perdure.run(&["powerfail", "two"]).expect_code(0);
+    perdure.run(&["resume", "two", "--detach"]).expect_code(0);
+    eventually("more touches", || record(&perdure, "two")["status"]["report"].as_u64() > Some(2000));
+    let table = perdure.run(&["top", "--once"]).expect_code(0).stdout;
+    assert!(table.contains("MRR") && table.contains("two") && table.contains("running"), "{table}");
+}

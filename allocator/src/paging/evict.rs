@@ -14,6 +14,8 @@ const RESERVE_MAX: u64 = 16 << 20;
 const BATCH: u64 = 2 << 20;
 /// Clusters that are withdrawn at a time.
 const DEMOTED_MAX: usize = 64;
+/// Frames whose memory is given back at a time.
+const RELEASED_MAX: usize = 64;
 /// How long before what failed is tried again.
 const AGAIN: std::time::Duration = std::time::Duration::from_millis(100);
 
@@ -41,7 +43,7 @@ impl Shared {
         let mut buffer = Buffer::default();
         loop {
             let mut state = self.state();
-            while !state.ended && (state.held || state.frames.available() >= self.reserve(&state)) {
+            while !state.ended && (state.held || !self.has_work(&state)) {
                 state = self.pressure.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             if state.ended {
@@ -50,10 +52,28 @@ impl Shared {
             drop(state);
             // Evicting says how many are to be withdrawn; where nothing could be evicted, withdrawing makes that possible.
             let evicted = self.evict(&mut buffer);
-            if !self.demote() && !evicted {
+            let demoted = self.demote();
+            if !self.release() && !demoted && !evicted {
                 self.rest();
             }
         }
+    }
+
+    fn has_work(&self, state: &State) -> bool {
+        state.frames.available() < self.reserve(state) || state.frames.has_surplus()
+    }
+
+    /// Where less RAM may be used than was, gives some of the memory of free frames back to the system. Whether there was any.
+    fn release(&self) -> bool {
+        let mut released = false;
+        for _ in 0..RELEASED_MAX {
+            let Some(frame) = self.state().frames.begin_release() else { break };
+            // If that fails the memory stays where it is, and is used again.
+            let _ = self.store.release(frame);
+            self.state().frames.end_release(frame);
+            released = true;
+        }
+        released
     }
 
     /// Nothing can be done now: waits until something changes, or a while.

@@ -12,6 +12,9 @@ pub(super) struct Frames {
     frame_of: Vec<u32>,
     /// By frame: a bit each, set where it is free.
     free: Vec<u64>,
+    /// By frame: a bit each, set where it has memory, which it gets when it is first used.
+    warm: Vec<u64>,
+    warm_count: u32,
     frames: u32,
     in_use: u32,
     /// How many may be in use.
@@ -33,6 +36,8 @@ impl Frames {
         }
         Self {
             frame_of: vec![NONE; clusters as usize],
+            warm: vec![0; free.len()],
+            warm_count: 0,
             free,
             frames,
             in_use: 0,
@@ -63,6 +68,32 @@ impl Frames {
         self.limit
     }
 
+    /// Whether free frames have memory that may not be used.
+    pub(super) fn has_surplus(&self) -> bool {
+        self.warm_count > self.limit.max(self.in_use)
+    }
+
+    /// A free frame whose memory is to be given back. It cannot be taken before [`Frames::end_release`].
+    pub(super) fn begin_release(&mut self) -> Option<u32> {
+        if !self.has_surplus() {
+            return None;
+        }
+        let words = self.free.iter().zip(&self.warm).map(|(free, warm)| free & warm);
+        let (index, word) = words.enumerate().find(|(_, word)| *word != 0)?;
+        let frame = index as u32 * 64 + word.trailing_zeros();
+        self.free[index] &= !(1 << (frame % 64));
+        self.warm[index] &= !(1 << (frame % 64));
+        self.warm_count -= 1;
+        Some(frame)
+    }
+
+    /// A frame that was released may be taken again.
+    pub(super) fn end_release(&mut self, frame: u32) {
+        if let Some(word) = self.free.get_mut(frame as usize / 64) {
+            *word |= 1 << (frame % 64);
+        }
+    }
+
     /// From now on so many may be in use; those that are stay so until they are given back.
     pub(super) fn set_limit(&mut self, limit: u32) {
         self.limit = limit.min(self.frames);
@@ -89,7 +120,10 @@ impl Frames {
             return false;
         }
         self.frame_of[cluster as usize] = frame;
-        self.free[frame as usize / 64] &= !(1 << (frame % 64));
+        let bit = 1 << (frame % 64);
+        self.free[frame as usize / 64] &= !bit;
+        self.warm_count += u32::from(self.warm[frame as usize / 64] & bit == 0);
+        self.warm[frame as usize / 64] |= bit;
         self.in_use += 1;
         self.last = frame;
         true
@@ -173,6 +207,23 @@ mod tests {
                 prop_assert!((0..300).all(|cluster| table.frame_of(cluster) == model.get(&cluster).copied()));
             }
         }
+    }
+
+    #[test]
+    fn memory_of_free_frames_is_given_back_once_where_it_may_not_be_used() {
+        let mut table = Frames::new(100, 100, 0);
+        assert!((0..80).all(|cluster| table.take(cluster).is_some()));
+        (0..50).for_each(|cluster| table.give_back(cluster));
+        assert_eq!(table.begin_release(), None, "all may be used");
+        table.set_limit(40);
+        let released: Vec<_> = std::iter::from_fn(|| table.begin_release()).collect();
+        assert_eq!(released.len(), 40, "30 are in use, and 10 free ones may stay warm");
+        assert!((100..200).all(|cluster| table.take(cluster).is_none()), "such a cluster there is not");
+        let taken = table.take(0).unwrap();
+        assert!(!released.contains(&taken));
+        released.iter().for_each(|frame| table.end_release(*frame));
+        table.set_limit(100);
+        assert_eq!((0..100).filter(|cluster| table.take(*cluster).is_some()).count(), 69);
     }
 
     #[test]

@@ -85,6 +85,28 @@ impl FrameStore {
         Ok(self.region.write_at(buffer, self.at(frame))?)
     }
 
+    /// A frame's memory is not needed for now: what it takes in RAM is given back, but not its place on the medium, so that it can be had
+    /// again. On `dax` the place is the memory, and stays.
+    pub(super) fn release(&self, frame: u32) -> Result<(), PagingError> {
+        let at = self.at(frame);
+        if let Some(memory) = &self.memory {
+            let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+            let punched = rustix::fs::fallocate(memory, flags, at, self.cluster);
+            return punched
+                .map_err(|source| PagingError::System { doing: "release working memory", source: source.into() });
+        }
+        match self.region.medium_kind() {
+            MediumKind::File => Ok(self.region.zero_at(at, self.cluster)?),
+            MediumKind::Dax | MediumKind::Nvdimm => Ok(()),
+        }
+    }
+
+    /// What the page cache has of the region.
+    #[cfg(test)]
+    pub(super) fn cached_bytes(&self) -> Option<u64> {
+        self.region.lease().file.cached(self.region.data_offset(), self.region.size()).map(|cached| cached.bytes)
+    }
+
     /// Makes the region durable.
     pub(super) fn sync(&self) -> Result<(), PagingError> {
         Ok(self.region.sync()?)

@@ -11,7 +11,7 @@ use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
 use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 
 use crate::poison::Poison;
-use crate::{DirEntry, EntryKind, OpenMode, ReadFrom, Space, Vfs, VfsFile};
+use crate::{Cached, DirEntry, EntryKind, OpenMode, ReadFrom, Space, Vfs, VfsFile};
 
 /// The file system of this machine, through ordinary system calls.
 ///
@@ -138,14 +138,7 @@ impl HostFile {
     /// Whether the page cache has most of `length` bytes at `offset`, so that a direct read would only be slower; also if that cannot be
     /// told (Linux before 6.5).
     fn is_cached(&self, offset: u64, length: usize) -> bool {
-        let range = [offset, length as u64];
-        let mut stat = [0_u64; 5];
-        // SAFETY: cachestat(2) reads two 64-bit numbers, writes five, and keeps neither address.
-        let done = unsafe {
-            libc::syscall(CACHESTAT, self.file.as_raw_fd(), range.as_ptr(), stat.as_mut_ptr(), 0 as libc::c_uint)
-        };
-        let [pages, ..] = stat;
-        done != 0 || pages.saturating_mul(DIRECT_ALIGN as u64) > length as u64 / 2
+        self.cached(offset, length as u64).is_none_or(|cached| cached.bytes > length as u64 / 2)
     }
 
     /// Runs a sync; poisons the handle if it fails, whatever the reason.
@@ -183,6 +176,18 @@ impl VfsFile for HostFile {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.poison.check(&self.path)?;
         self.file.write_all_at(bytes, offset)
+    }
+
+    fn cached(&self, offset: u64, length: u64) -> Option<Cached> {
+        let range = [offset, length];
+        let mut stat = [0_u64; 5];
+        // SAFETY: cachestat(2) reads two 64-bit numbers, writes five, and keeps neither address.
+        let done = unsafe {
+            libc::syscall(CACHESTAT, self.file.as_raw_fd(), range.as_ptr(), stat.as_mut_ptr(), 0 as libc::c_uint)
+        };
+        let [pages, dirty, writeback, ..] = stat;
+        let bytes = |pages: u64| pages.saturating_mul(DIRECT_ALIGN as u64);
+        (done == 0).then(|| Cached { bytes: bytes(pages), dirty: bytes(dirty.saturating_add(writeback)) })
     }
 
     fn direct(&self) -> io::Result<Option<Box<dyn VfsFile>>> {

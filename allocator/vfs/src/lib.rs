@@ -88,6 +88,15 @@ pub struct Space {
     pub available: u64,
 }
 
+/// What the page cache has of a part of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cached {
+    /// Bytes, in whole pages.
+    pub bytes: u64,
+    /// Of these, not on the medium yet, or on their way.
+    pub dirty: u64,
+}
+
 /// A file system, seen through what durability needs of it.
 pub trait Vfs: Send + Sync + fmt::Debug {
     /// Opens `path`.
@@ -245,6 +254,12 @@ pub trait VfsFile: Send + Sync + fmt::Debug {
 
     /// The descriptor, for what only a real file can do (mapping). `None` on a simulated disk.
     fn descriptor(&self) -> Option<BorrowedFd<'_>>;
+
+    /// What the page cache has of `length` bytes at `offset`; `None` where that cannot be told (Linux before 6.5).
+    fn cached(&self, offset: u64, length: u64) -> Option<Cached> {
+        let _ = (offset, length);
+        None
+    }
 
     /// Another handle of the same file that goes past the page cache: each read and write moves whole blocks of 4096 bytes, to and from
     /// memory that is aligned so. Durable is what it wrote after a sync of this handle. `None` where the file system has no such thing.

@@ -31,6 +31,7 @@ mod scrub;
 mod snapshot;
 mod stop;
 mod survey;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -80,6 +81,7 @@ enum Command {
     Powerfail(power::FailArgs),
     Powerback(power::BackArgs),
     List(list::Args),
+    Top(top::Args),
     Inspect(inspect::Args),
     Console(console::Args),
     Stop(stop::Args),
@@ -183,6 +185,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Powerfail(args) => power::fail(&environment, &args),
         Command::Powerback(args) => power::back(&environment, &args),
         Command::List(args) => list::run(&environment, &args).map(done),
+        Command::Top(args) => top::run(&environment, &args).map(done),
         Command::Inspect(args) => inspect::run(&environment, &args).map(done),
         Command::Console(args) => console::run(&environment, &args).map(done),
         Command::Stop(args) => stop::run(&environment, &args).map(done),

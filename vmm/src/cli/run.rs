@@ -57,6 +57,9 @@ pub(super) struct Args {
     /// How much of the memory may be in RAM at a time; the rest is swapped out [default: all]
     #[arg(long, value_name = "SIZE")]
     ram: Option<ByteSize>,
+    /// How much of it stays in RAM when VMs compete (`perdure pool limit`) [default: as little as can be]
+    #[arg(long, value_name = "SIZE")]
+    ram_min: Option<ByteSize>,
     /// How much memory can be swapped out [default: as much as there is]
     #[arg(long, value_name = "SIZE")]
     swap: Option<ByteSize>,
@@ -195,6 +198,7 @@ impl Args {
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);
         config.ram = self.ram.or(config.ram);
+        config.ram_min = self.ram_min.or(config.ram_min);
         config.swap = self.swap.or(config.swap);
         config.medium = self.medium.or(config.medium);
         config.clock = self.clock.unwrap_or(config.clock);

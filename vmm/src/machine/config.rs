@@ -141,6 +141,9 @@ pub struct VmConfig {
     /// How much of it may be in RAM at a time; all of it if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ram: Option<ByteSize>,
+    /// How much of it is in RAM however little there is for all VMs; as little as can be if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram_min: Option<ByteSize>,
     /// How much of it may be swapped out; as much as there is memory if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub swap: Option<ByteSize>,
@@ -171,6 +174,7 @@ impl Default for VmConfig {
             cpus: 1,
             memory: ByteSize(512 << 20),
             ram: None,
+            ram_min: None,
             swap: None,
             medium: None,
             kernel: Kernel::Guest("counter".to_owned()),
@@ -203,6 +207,11 @@ pub enum ConfigError {
         /// The least.
         least: ByteSize,
     },
+    /// A floor that is none.
+    #[error(
+        "--ram-min {0}: it is for a VM with less --ram than --memory, from the least RAM that it can have to its --ram"
+    )]
+    RamMin(ByteSize),
     /// Swap without need, or too little.
     #[error(
         "--swap {0}: swap is for a VM with less --ram than --memory, and has {MIN_SWAP} at least, in whole pages of 4K"
@@ -271,6 +280,12 @@ impl VmConfig {
             let fits = ram <= memory && ram.0.is_multiple_of(PAGE_SIZE);
             if !fits || (ram < memory && Geometry::new(memory.0, ram.0).is_none()) {
                 return Err(ConfigError::Ram { ram, memory, least });
+            }
+        }
+        if let Some(floor) = self.ram_min {
+            let least = Geometry::least_ram(memory.0);
+            if self.geometry().is_none() || !(least..=self.ram_bytes()).contains(&floor.0) {
+                return Err(ConfigError::RamMin(floor));
             }
         }
         match self.swap {
@@ -344,6 +359,8 @@ mod tests {
         refuse(VmConfig { swap: Some(ByteSize(1 << 30)), ..VmConfig::default() }, "--swap 1G");
         let paged = VmConfig { ram: Some(ByteSize(64 << 20)), ..VmConfig::default() };
         refuse(VmConfig { swap: Some(ByteSize(4096)), ..paged.clone() }, "--swap 4K");
+        refuse(VmConfig { ram_min: Some(ByteSize(1 << 20)), ..paged.clone() }, "--ram-min 1M");
+        refuse(VmConfig { ram_min: Some(ByteSize(8 << 20)), ..VmConfig::default() }, "--ram-min 8M");
         assert_eq!((paged.validate(), paged.geometry().map(|geometry| geometry.frames())), (Ok(()), Some(1024)));
         refuse(VmConfig { kernel: Kernel::Guest("nobody".into()), ..VmConfig::default() }, "counter");
         let with = Kernel::GuestWith { guest: "nobody".into(), initrd: PathBuf::from("list") };

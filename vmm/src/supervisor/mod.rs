@@ -18,6 +18,7 @@ mod measured;
 mod memory_news;
 mod outage;
 pub mod power;
+mod ram_budget;
 pub mod terminal;
 mod wake;
 
@@ -26,6 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use allocator::budget::BudgetError;
 use allocator::pager::PagerEvents;
 use allocator::paging::PagingEvents;
 use devices::MachineRequest;
@@ -36,6 +38,7 @@ use control::{ControlError, ControlServer, Pending, Request, Response, Status, s
 use generations::{Generations, Order, Teller};
 use memory_news::MemoryNews;
 use power::PowerSignals;
+use ram_budget::{Place, RamBudget};
 use terminal::Keyboard;
 use wake::Wake;
 
@@ -83,6 +86,9 @@ pub enum SupervisorError {
     /// Its regions.
     #[error(transparent)]
     Regions(#[from] RegionsError),
+    /// Its part of the pool's RAM.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
     /// Resuming.
     #[error(transparent)]
     Resume(#[from] ResumeError),
@@ -168,6 +174,8 @@ pub struct Supervisor {
     pool: PathBuf,
     state: State,
     started: Instant,
+    /// Left before the memory goes.
+    ram_budget: Option<RamBudget>,
     // Its thread before the machine, the machine before the regions that its memory lies in: fields drop in order.
     generations: Generations,
     machine: Machine,
@@ -223,6 +231,8 @@ impl Supervisor {
     ) -> Result<Self, SupervisorError> {
         let system = |doing| move |source| SupervisorError::System { doing, source };
         let power = PowerSignals::catch().map_err(system("catch power-fail signals"))?;
+        // Before anything is altered: there may be no RAM for it.
+        let place = Place::take(&pool, &regions)?;
         let inboxes = Inboxes::new().map_err(system("make an event descriptor"))?;
         let console = match &regions.config().serial {
             SerialTarget::Stdio if keyboard.has_terminal() => Console::terminal()?,
@@ -247,12 +257,14 @@ impl Supervisor {
             // Before it runs: what it changes from now on is what the next generation has to look at.
             generations.build_on(restoring.generation(), restoring.changed_before(), &machine)?;
         }
+        let ram_budget = place.begin(regions.pager()).map_err(system("start the thread of the budget of RAM"))?;
         machine.run()?;
         let mut supervisor = Self {
             name,
             pool,
             state,
             started: Instant::now(),
+            ram_budget: Some(ram_budget),
             generations,
             machine,
             regions,
@@ -290,6 +302,7 @@ impl Supervisor {
     /// ends is left to it (unmapping gigabytes takes tenths of a second).
     pub fn close(mut self, quickly: bool) {
         drop(self.control.take());
+        drop(self.ram_budget.take());
         if quickly {
             std::mem::forget(self);
         }
