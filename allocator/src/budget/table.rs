@@ -250,6 +250,14 @@ mod tests {
         assert_eq!(&web[128..135], b"web/ram");
     }
 
+    #[test]
+    fn a_floor_above_its_cap_is_nonsense() {
+        let mut table = table();
+        table.rows[1].demand.floor = table.rows[1].demand.cap + 1;
+        let read = Table::decode(&table.encode());
+        assert_eq!((read.rows.len(), read.damaged), (1, true));
+    }
+
     proptest! {
         #[test]
         fn damage_to_one_entry_costs_no_other(at in 0..3 * SECTOR, bit in 0..8) {
