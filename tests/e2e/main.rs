@@ -1,6 +1,7 @@
 //! The command line, end to end: each test drives the binary through [`tests::perdure::Perdure`], on a pool of its own.
 //! They run on this machine's `/dev/kvm`, or in the lab where there is none (tests/run chooses).
 
+mod benches;
 mod console;
 mod damage;
 mod doctor;

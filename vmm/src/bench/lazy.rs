@@ -152,7 +152,7 @@ fn wait_until_whole(pool: &BenchPool, begun: Instant, whole: &mut Vec<u64>) -> R
 }
 
 /// Drops the files of a store, which are durable, from the page cache.
-fn evict(directory: &Path) -> Result<(), BenchError> {
+pub(super) fn evict(directory: &Path) -> Result<(), BenchError> {
     let system = |source| BenchError::System { doing: "drop the store from the page cache", source };
     for entry in std::fs::read_dir(directory).map_err(system)? {
         let path = entry.map_err(system)?.path();

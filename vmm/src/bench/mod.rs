@@ -3,7 +3,9 @@
 //! * [`freeze`]: from the power-fail signal until everything is durable.
 //! * [`resume`]: from the start of the process to the guest's first output; cold starts; the VMM's own memory.
 //! * [`lazy`]: a VM that goes back to a generation, before its memory is restored and after.
+//! * [`paging`]: a working set beyond memory, against the kernel's swap.
 //! * [`patterns`]: the order in which workloads touch their pages.
+//! * [`residence`]: what of memory is in RAM, and page faults, around an outage; [`plot`] draws it.
 //! * [`restore`]: a generation into memory, against a raw sequential read.
 //! * [`store`]: generations onto the disk, against a raw sequential write; opening, deleting, sweeping, scrubbing.
 //! * [`alternatives`]: the same generations kept in other ways.
@@ -14,7 +16,10 @@
 pub mod alternatives;
 pub mod freeze;
 pub mod lazy;
+pub mod paging;
 pub mod patterns;
+pub mod plot;
+pub mod residence;
 pub mod restore;
 pub mod resume;
 pub mod snapshot;

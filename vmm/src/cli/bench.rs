@@ -1,5 +1,7 @@
 //! `perdure bench`
 
+mod memory;
+
 use std::path::Path;
 
 use allocator::MediumKind;
@@ -8,7 +10,9 @@ use serde::Serialize;
 use super::output::say;
 use super::{Environment, output};
 use crate::bench::alternatives::{Alternative, Way};
-use crate::bench::{BenchPool, Conditions, Distribution, Shape, freeze, lazy, restore, resume, snapshot, store};
+use crate::bench::{
+    BenchPool, Conditions, Distribution, Shape, freeze, lazy, paging, restore, resume, snapshot, store,
+};
 use crate::machine::config::ByteSize;
 
 /// Measure. Each bench makes a pool of its own below the pool, and removes it in the end.
@@ -32,6 +36,16 @@ enum What {
     Restore(StoreArgs),
     /// Generations onto the disk, against a raw sequential write and other ways to keep them; open, purge, sweep, scrub
     Store(StoreArgs),
+    /// A working set of four times the RAM: pages a second, against the kernel's swap over the same list of accesses
+    Paging(memory::PagingArgs),
+    /// What of memory is in RAM, and page faults a second, before an outage and after it, in each way back
+    Residence(memory::ResidenceArgs),
+    /// The process that walks for `bench paging`
+    #[command(hide = true)]
+    Worker,
+    /// The process that cleans up behind it
+    #[command(hide = true)]
+    Guard,
 }
 
 #[derive(Debug, clap::Args)]
@@ -139,6 +153,10 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> 
         What::Snapshot(args) => snapshot(&environment.pool, args),
         What::Restore(args) => restore(&environment.pool, args),
         What::Store(args) => store(&environment.pool, args),
+        What::Paging(args) => memory::paging(&environment.pool, args),
+        What::Residence(args) => memory::residence(&environment.pool, args),
+        What::Worker => Ok(paging::worker::run()?),
+        What::Guard => Ok(paging::guard::run()?),
     }
 }
 
