@@ -11,7 +11,7 @@
 //!    │
 //!   supervisor     one process, one VM: its life, its signals, its control socket, its terminal
 //!    │
-//!   persistence    freeze and resume, the context, what survived          ─── allocator: regions by name, media
+//!   persistence    freeze and resume, the context, what survived          ─── allocator: regions by name, media, paging
 //!    │             generations: taken, restored, rolled back to           ─── snapshot: the store
 //!    │
 //!   machine        memory, buses, vCPUs, boot; knows nothing of outages   ─── devices, guests
