@@ -13,7 +13,8 @@
 //! | `fits` | the guest, over a working set of half the RAM | no limit |
 //! | `fits-paged` | the same | RAM by `--ram`: what the pager costs where nothing is swapped |
 //!
-//! What is not permitted here is told, and is absent in the results; the others are measured.
+//! What is not permitted here is told, and is absent in the results; a leg that fails is told to have, and its numbers are none. The others are
+//! measured in either case.
 
 mod group;
 pub mod guard;
@@ -160,8 +161,10 @@ impl Leg {
 pub struct LegResult {
     /// Which.
     pub leg: Leg,
-    /// Why it is not there; all else is none then.
+    /// What is not permitted, and what is needed; all else is none then.
     pub absent: Option<String>,
+    /// What went wrong, for example that the limit was too little for the process; all else is none then.
+    pub failed: Option<String>,
     /// Accesses a second.
     pub pages_per_second: Option<f64>,
     /// Faults a second that read from the disk, of the process.
@@ -293,6 +296,9 @@ impl<'a> Walk<'a> {
         match result {
             Ok(result) => Ok(LegResult { leg, ..result }),
             Err(PagingError::Absent(why)) => Ok(LegResult { absent: Some(why.to_string()), ..LegResult::none(leg) }),
+            Err(PagingError::Bench(BenchError::Guest(why))) => {
+                Ok(LegResult { failed: Some(why), ..LegResult::none(leg) })
+            }
             Err(error) => Err(error),
         }
     }
@@ -377,6 +383,7 @@ impl LegResult {
         Self {
             leg,
             absent: None,
+            failed: None,
             pages_per_second: None,
             major_faults_per_second: None,
             minor_faults_per_second: None,

@@ -125,7 +125,8 @@ pub(super) fn paging(parent: &Path, args: &PagingArgs) -> anyhow::Result<()> {
         write(path, &paging_plot(&results)?)?;
     }
     if args.json {
-        return output::json(&Results { conditions, results });
+        output::json(&Results { conditions, results: results.iter().collect() })?;
+        return all_walked(&results);
     }
     let rows: Vec<Vec<String>> =
         results.iter().flat_map(|result| result.legs.iter().map(|leg| leg_cells(result, leg))).collect();
@@ -142,8 +143,20 @@ pub(super) fn paging(parent: &Path, args: &PagingArgs) -> anyhow::Result<()> {
     for absent in results.iter().take(1).flat_map(|result| &result.legs).filter_map(|leg| leg.absent.as_ref()) {
         say!("not measured: {absent}");
     }
+    let failed = results.iter().flat_map(|result| result.legs.iter().map(move |leg| (result.workload.pattern, leg)));
+    let failed = failed.filter_map(|(pattern, leg)| Some((pattern, leg.leg.name(), leg.failed.as_ref()?)));
+    let failed: Vec<String> = failed.map(|(pattern, leg, why)| format!("{pattern}, {leg}: {why}")).collect();
+    failed.iter().for_each(|failed| say!("failed: {failed}"));
     tell(&conditions);
-    Ok(())
+    all_walked(&results)
+}
+
+/// A leg that failed is in the results, and is the bench's failure all the same: a page may have been damaged.
+fn all_walked(results: &[PagingResult]) -> anyhow::Result<()> {
+    match results.iter().flat_map(|result| &result.legs).filter(|leg| leg.failed.is_some()).count() {
+        0 => Ok(()),
+        failed => anyhow::bail!("{failed} of the walks failed"),
+    }
 }
 
 fn milliseconds(time: std::time::Duration) -> u64 {
