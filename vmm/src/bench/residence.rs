@@ -473,7 +473,7 @@ mod tests {
             let mut series = all.clone();
             series[9] = bad;
             assert_eq!(back(&before, &series), Some(0.0), "what was as before for a window counts");
-            series[3] = bad;
+            series[3] = Point { at_ms: at(3), ..bad };
             assert_eq!(back(&before, &series[..20]), Some(at(10)));
             assert_eq!(back(&before, &series[..15]), None, "too little is seen of what follows");
         }
