@@ -167,6 +167,8 @@ pub struct LegResult {
     pub failed: Option<String>,
     /// Accesses a second.
     pub pages_per_second: Option<f64>,
+    /// Accesses a second of processor time, all of the process's threads counted: other processes do not bear on it.
+    pub pages_per_cpu_second: Option<f64>,
     /// Faults a second that read from the disk, of the process.
     pub major_faults_per_second: Option<f64>,
     /// Its other faults a second.
@@ -196,7 +198,7 @@ pub struct PagingResult {
     pub legs: Vec<LegResult>,
     /// Pages a second of perdure by those of the kernel's swap.
     pub ratio: Option<f64>,
-    /// What the pager costs where all fits, in per cent of pages a second; less than nothing is noise.
+    /// What the pager costs where all fits, in per cent of pages a second of processor time; less than nothing is noise.
     pub overhead_percent: Option<f64>,
 }
 
@@ -244,7 +246,9 @@ pub fn measure(pool: &BenchPool, plan: &Plan, pattern: Pattern) -> Result<Paging
     }
     let rate = |leg| legs.iter().find(|result| result.leg == leg).and_then(|result| result.pages_per_second);
     let ratio = rate(Leg::Perdure).zip(rate(Leg::KernelSwap)).map(|(ours, theirs)| ours / theirs);
-    let overhead = rate(Leg::FitsPaged).zip(rate(Leg::Fits)).map(|(with, without)| (1.0 - with / without) * 100.0);
+    let per_cpu = |leg| legs.iter().find(|result| result.leg == leg).and_then(|result| result.pages_per_cpu_second);
+    let overhead =
+        per_cpu(Leg::FitsPaged).zip(per_cpu(Leg::Fits)).map(|(with, without)| (1.0 - with / without) * 100.0);
     let system = SystemSettings::now();
     Ok(PagingResult { plan: plan.clone(), workload, system, legs, ratio, overhead_percent: overhead })
 }
@@ -276,7 +280,7 @@ impl<'a> Walk<'a> {
             }
         }
         let median = |mut results: Vec<LegResult>, leg| {
-            let rate = |result: &LegResult| result.pages_per_second.unwrap_or(0.0);
+            let rate = |result: &LegResult| result.pages_per_cpu_second.unwrap_or(0.0);
             results.sort_by(|a, b| rate(a).total_cmp(&rate(b)));
             let middle = results.len() / 2;
             results.into_iter().nth(middle).unwrap_or_else(|| LegResult::none(leg))
@@ -341,6 +345,7 @@ impl<'a> Walk<'a> {
         };
         Ok(LegResult {
             pages_per_second: rate(|sample| sample.accesses),
+            pages_per_cpu_second: per_cpu_second(&first, &last),
             major_faults_per_second: rate(|sample| sample.major),
             minor_faults_per_second: rate(|sample| sample.minor),
             hard_faults_per_second: paged(|paged| paged.hard_faults),
@@ -378,6 +383,12 @@ impl<'a> Walk<'a> {
     }
 }
 
+fn per_cpu_second(first: &Sample, last: &Sample) -> Option<f64> {
+    let ticks = last.ticks.saturating_sub(first.ticks);
+    let seconds = ticks as f64 / rustix::param::clock_ticks_per_second() as f64;
+    (ticks > 0).then(|| last.accesses.saturating_sub(first.accesses) as f64 / seconds)
+}
+
 impl LegResult {
     fn none(leg: Leg) -> Self {
         Self {
@@ -385,6 +396,7 @@ impl LegResult {
             absent: None,
             failed: None,
             pages_per_second: None,
+            pages_per_cpu_second: None,
             major_faults_per_second: None,
             minor_faults_per_second: None,
             hard_faults_per_second: None,

@@ -442,7 +442,15 @@ mod tests {
     use super::*;
 
     fn sample(at_ms: u64, accesses: u64, major: u64) -> Sample {
-        Sample { at_ns: at_ms * 1_000_000, accesses, major, minor: 0, paged: None, restored: Some((at_ms, 1000)) }
+        Sample {
+            at_ns: at_ms * 1_000_000,
+            accesses,
+            major,
+            minor: 0,
+            ticks: 0,
+            paged: None,
+            restored: Some((at_ms, 1000)),
+        }
     }
 
     fn point(at_ms: f64, residence: f64, faults: f64, pages: f64) -> Point {

@@ -97,6 +97,8 @@ pub struct Sample {
     pub major: u64,
     /// Its other page faults (`minflt`).
     pub minor: u64,
+    /// Processor time of the process, its guest's included, in clock ticks ([`rustix::param::clock_ticks_per_second`]).
+    pub ticks: u64,
     /// Where the guest's memory is, if it is paged.
     pub paged: Option<PagedStatus>,
     /// How far it is restored, if it is: clusters that are there, and all.
@@ -356,17 +358,27 @@ fn guest(mut supervisor: Supervisor, began: Instant, every: Duration) -> Result<
 
 fn sample(began: Instant, accesses: u64) -> Sample {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let (minor, major) = faults(&stat);
-    Sample { at_ns: nanoseconds(began.elapsed()), accesses, major, minor, paged: None, restored: None }
+    let Costs { minor, major, ticks } = Costs::read(&stat);
+    Sample { at_ns: nanoseconds(began.elapsed()), accesses, major, minor, ticks, paged: None, restored: None }
 }
 
-/// Minor and major faults of `/proc/self/stat`: its 10th and 12th field (proc(5)). The 2nd, a name, may hold spaces.
-fn faults(stat: &str) -> (u64, u64) {
-    let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace().skip(7);
-    let mut number = || fields.next().and_then(|field| field.parse().ok()).unwrap_or(0);
-    let minor = number();
-    number();
-    (minor, number())
+/// What a process took.
+#[derive(Debug, PartialEq, Eq)]
+struct Costs {
+    minor: u64,
+    major: u64,
+    ticks: u64,
+}
+
+impl Costs {
+    /// From `/proc/self/stat` (proc(5)): faults are its 10th and 12th field, times its 14th (user, guest included) and 15th (system). The
+    /// 2nd, a name, may hold spaces.
+    fn read(stat: &str) -> Self {
+        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace().skip(7);
+        let mut numbers = fields.map(|field| field.parse::<u64>().unwrap_or(0));
+        let mut next = |skipped: usize| numbers.nth(skipped).unwrap_or(0);
+        Self { minor: next(0), major: next(1), ticks: next(1).saturating_add(next(0)) }
+    }
 }
 
 #[cfg(test)]
@@ -374,10 +386,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn faults_are_found_behind_any_name() {
-        let stat = "1 (a) b (c) S 2 3 4 5 6 7 1010 11 1212 13 14";
-        assert_eq!(faults(stat), (1010, 1212));
-        assert_eq!(faults("nonsense"), (0, 0));
+    fn costs_are_found_behind_any_name() {
+        let stat = "1 (a) b (c) S 4 5 6 7 8 9 1010 11 1212 13 1400 15 16 17";
+        assert_eq!(Costs::read(stat), Costs { minor: 1010, major: 1212, ticks: 1415 });
+        assert_eq!(Costs::read("nonsense"), Costs { minor: 0, major: 0, ticks: 0 });
     }
 
     #[test]

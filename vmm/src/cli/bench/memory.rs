@@ -163,11 +163,12 @@ fn milliseconds(time: std::time::Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX / 1_000_000)
 }
 
-const PAGING_HEADINGS: [&str; 10] = [
+const PAGING_HEADINGS: [&str; 11] = [
     "PATTERN",
     "PAGES",
     "WHO",
     "PAGES/S",
+    "PAGES/CPU S",
     "FROM DISK/S",
     "OTHER FAULTS/S",
     "HARD/S",
@@ -183,6 +184,7 @@ fn leg_cells(result: &PagingResult, leg: &LegResult) -> Vec<String> {
         result.workload.pages.to_string(),
         leg.leg.name().to_owned(),
         rate(leg.pages_per_second),
+        rate(leg.pages_per_cpu_second),
         rate(leg.major_faults_per_second),
         rate(leg.minor_faults_per_second),
         rate(leg.hard_faults_per_second),
@@ -194,7 +196,7 @@ fn leg_cells(result: &PagingResult, leg: &LegResult) -> Vec<String> {
 
 fn paging_csv(results: &[PagingResult]) -> String {
     let mut text =
-        "pattern,pages,leg,pages_per_second,major_faults_per_second,minor_faults_per_second,hard_faults_per_second,\
+        "pattern,pages,leg,pages_per_second,pages_per_cpu_second,major_faults_per_second,minor_faults_per_second,hard_faults_per_second,\
                     soft_faults_per_second,read_ahead_per_second,limit\n"
             .to_owned();
     for (result, leg) in results.iter().flat_map(|result| result.legs.iter().map(move |leg| (result, leg))) {
@@ -204,6 +206,7 @@ fn paging_csv(results: &[PagingResult]) -> String {
             result.workload.pages.to_string(),
             leg.leg.name().replace(", ", " "),
             rate(leg.pages_per_second),
+            rate(leg.pages_per_cpu_second),
             rate(leg.major_faults_per_second),
             rate(leg.minor_faults_per_second),
             rate(leg.hard_faults_per_second),
