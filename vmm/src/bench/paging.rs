@@ -232,6 +232,7 @@ impl SystemSettings {
 /// # Errors
 /// [`PagingError`]; never for what is not permitted.
 pub fn measure(pool: &BenchPool, plan: &Plan, pattern: Pattern) -> Result<PagingResult, PagingError> {
+    let _guard = clean_up_behind(pool)?;
     let workload = plan.workload(pattern, plan.memory())?;
     let beyond = Walk::new(pool, plan, workload, "list")?;
     let within = Walk::new(pool, plan, plan.workload(pattern, ByteSize(plan.ram.0 / 2))?, "list-that-fits")?;
@@ -251,6 +252,11 @@ pub fn measure(pool: &BenchPool, plan: &Plan, pattern: Pattern) -> Result<Paging
         per_cpu(Leg::FitsPaged).zip(per_cpu(Leg::Fits)).map(|(with, without)| (1.0 - with / without) * 100.0);
     let system = SystemSettings::now();
     Ok(PagingResult { plan: plan.clone(), workload, system, legs, ratio, overhead_percent: overhead })
+}
+
+/// Removes the pool should the bench not come to its end.
+pub(super) fn clean_up_behind(pool: &BenchPool) -> Result<Guard, PagingError> {
+    Guard::start(&Leftovers { group: None, swap: None, pool: pool.directory().to_owned() })
 }
 
 /// One list, walked by one after the other.

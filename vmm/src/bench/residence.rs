@@ -27,7 +27,7 @@ use serde::Serialize;
 use snapshot::{GenerationId, Store};
 
 use super::paging::worker::{Begin, Part, Spec, Worker};
-use super::paging::{PagingError, Plan as PagingPlan, Sample, guest_config};
+use super::paging::{PagingError, Plan as PagingPlan, Sample, clean_up_behind, guest_config};
 use super::patterns::{Pattern, Workload};
 use super::{BenchError, BenchPool, lazy};
 use crate::machine::config::ByteSize;
@@ -184,6 +184,7 @@ pub struct ResidenceResult {
 /// # Errors
 /// [`PagingError`]; never for a way that there is not.
 pub fn measure(pool: &BenchPool, plan: &Plan, pattern: Pattern) -> Result<ResidenceResult, PagingError> {
+    let _guard = clean_up_behind(pool)?;
     let vms =
         (0..plan.vms.max(1)).map(|index| Vm::create(pool, plan, pattern, index)).collect::<Result<Vec<_>, _>>()?;
     let workload = vms.first().map(|vm| vm.workload).ok_or_else(|| BenchError::Guest("no VM".to_owned()))?;

@@ -28,7 +28,7 @@ pub(super) struct Leftovers {
 
 /// The bench's side: dropped, all is cleaned up.
 #[derive(Debug)]
-pub(super) struct Guard {
+pub(in crate::bench) struct Guard {
     child: Child,
     input: Option<ChildStdin>,
 }
