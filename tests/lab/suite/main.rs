@@ -3,3 +3,4 @@
 mod generations;
 mod machine;
 mod outages;
+mod paging;

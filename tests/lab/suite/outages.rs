@@ -79,13 +79,13 @@ fn wait_for_links(l1: &mut L1, serial: &str, links: u64, limit: Duration) {
     l1.wait_until(&format!("tail -c 4096 {serial}"), limit, |seen| chain::last_step(&seen.output) >= links);
 }
 
-fn assert_frozen(list: &str, name: &str) {
+pub(crate) fn assert_frozen(list: &str, name: &str) {
     let document: serde_json::Value = serde_json::from_str(list).unwrap_or_else(|error| panic!("{error}: {list}"));
     let state = find(&document, name).and_then(|vm| vm.get("state")?.as_str()).unwrap_or_default();
     assert!(state.eq_ignore_ascii_case("frozen"), "{name} is not frozen: {list}");
 }
 
-fn find<'a>(value: &'a serde_json::Value, name: &str) -> Option<&'a serde_json::Value> {
+pub(crate) fn find<'a>(value: &'a serde_json::Value, name: &str) -> Option<&'a serde_json::Value> {
     if value.get("name").and_then(serde_json::Value::as_str) == Some(name) {
         return Some(value);
     }
