@@ -51,9 +51,11 @@ fn frozen_in_the_middle_it_goes_on_restoring_where_it_was() {
         let perdure = Perdure::new();
         let mut output = cut_off(&perdure, &endless(), medium);
         let mut percents = Vec::new();
-        for arguments in
-            [&["resume", "web", "--lazy", "--no-prefetch"][..], &["resume", "web", "--no-prefetch"], &["resume", "web"]]
-        {
+        for arguments in [
+            &["resume", "web", "--lazy", "--no-prefetch"][..],
+            &["resume", "web", "--no-prefetch", "--lazy"],
+            &["resume", "web"],
+        ] {
             let running = perdure.spawn(arguments);
             walk_on(&perdure, 2000);
             if percents.len() == 2 {
