@@ -9,6 +9,8 @@
 //!   RAM region  ◄── "faults": read a slot, place the frame, wake ──  swap region
 //!               ◄── "ahead":  the same for what follows a sequence ──
 //!               ── "evict":   withdraw, then write what changed ───►
+//!       ▲                                                              ▲
+//!       └────── "fetch": what is still elsewhere, from its source ─────┘
 //! ```
 //!
 //! **A fault** is heard by the thread `faults`. If the cluster is in a frame (*standby*) it is placed and the guest goes on: a *soft* fault.
@@ -28,32 +30,33 @@
 //! A cluster that cannot be read back, or whose CRC does not hold, is [`PagingEvent::Lost`], named, and never zeros.
 
 mod beside;
+mod elsewhere;
 mod evict;
 mod faults;
 mod frames;
 mod read_ahead;
 mod slots;
+mod state;
+mod status;
 mod store;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
-use thiserror::Error;
 
 use crate::medium::PAGE_SIZE;
 use crate::medium::paged::PagedMemory;
-use crate::name::RegionName;
-use crate::region::{Region, RegionError};
-use crate::replacement::Replacement;
-use frames::Frames;
-use read_ahead::Streams;
-use slots::{Layout, SlotTable, SwapFile};
+use crate::region::Region;
+pub use elsewhere::Elsewhere;
+use slots::{Layout, SwapFile};
+use state::{AWAITED, BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, SAVED, State};
+pub use status::{PagingError, PagingEvent, PagingEvents, PagingStatus};
 use store::FrameStore;
 
 /// The least that a fault brings: 16 pages cost little more than one.
@@ -133,212 +136,6 @@ impl Geometry {
     }
 }
 
-/// What goes wrong with paging.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum PagingError {
-    /// A swap region that is none.
-    #[error("swap region {name} has {size} bytes, and {needed} are needed")]
-    TooSmall {
-        /// The region.
-        name: RegionName,
-        /// Its bytes.
-        size: u64,
-        /// What is needed.
-        needed: u64,
-    },
-    /// The tables.
-    #[error("the tables in swap region {name} cannot be used: {what}; resume from a generation")]
-    Tables {
-        /// The region.
-        name: RegionName,
-        /// What is wrong with them.
-        what: String,
-    },
-    /// A slot cannot be read or written.
-    #[error("could not {doing} slot {slot} of swap region {name}")]
-    Slot {
-        /// The region.
-        name: RegionName,
-        /// What was being done.
-        doing: &'static str,
-        /// The slot, or the first of several.
-        slot: u32,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A cluster that is not there any more.
-    #[error("the bytes {start:#x}..{end:#x} of the guest's memory cannot be had from slot {slot} of the swap region")]
-    Lost {
-        /// The first.
-        start: u64,
-        /// Behind the last.
-        end: u64,
-        /// Where they were.
-        slot: u32,
-        /// Why; `None`: their checksum does not hold.
-        #[source]
-        source: Option<Box<PagingError>>,
-    },
-    /// The memory was asked for at a place where it has none.
-    #[error("the guest's memory ends before {0:#x}")]
-    OutOfBounds(u64),
-    /// A region.
-    #[error(transparent)]
-    Region(#[from] RegionError),
-    /// The system.
-    #[error("cannot {doing}")]
-    System {
-        /// What.
-        doing: &'static str,
-        /// Why not.
-        #[source]
-        source: std::io::Error,
-    },
-}
-
-/// What a pager tells, from any of its threads.
-#[derive(Debug)]
-pub enum PagingEvent {
-    /// Somebody waits for memory that cannot be had: whoever accesses it from now on is refused.
-    Lost(PagingError),
-    /// The swap region is full, and so is RAM: who asks for more memory waits. Told once until there is room again.
-    SwapFull,
-    /// There is room again.
-    SwapRoom,
-    /// Memory cannot be swapped out: it stays in RAM, and is tried again. Told once until it works.
-    Unwritable(PagingError),
-}
-
-/// Is told what a pager tells.
-pub type PagingEvents = Arc<dyn Fn(PagingEvent) + Send + Sync>;
-
-/// Where memory is, and what it took so far. All counts are of clusters.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct PagingStatus {
-    /// Of the guest's memory.
-    pub clusters: u64,
-    /// Bytes of a cluster.
-    pub cluster: u64,
-    /// In frames.
-    pub resident: u64,
-    /// Frames that may be used.
-    pub frames: u64,
-    /// In the swap region alone.
-    pub swapped: u64,
-    /// Slots in use, by clusters in frames too.
-    pub slots_used: u64,
-    /// Slots that there are.
-    pub slots: u64,
-    /// Faults that brought a cluster from its slot.
-    pub hard_faults: u64,
-    /// Faults that found nothing to bring: the first access.
-    pub zero_faults: u64,
-    /// Hard faults on clusters that left RAM of late: a sixteenth more would have saved them.
-    pub near_misses: u64,
-    /// Faults on clusters that were in their frames.
-    pub soft_faults: u64,
-    /// Brought before anyone asked.
-    pub read_ahead: u64,
-    /// Left their frames without a write.
-    pub dropped: u64,
-    /// Written to a slot.
-    pub written: u64,
-    /// Faults that found no free frame.
-    pub stalls: u64,
-}
-
-impl PagingStatus {
-    /// Temporality's memory residence ratio: in memory / (in memory + in swap) × 100. 100 for a guest that has touched nothing.
-    #[must_use]
-    pub fn residence(&self) -> f64 {
-        let all = self.resident + self.swapped;
-        if all == 0 { 100.0 } else { self.resident as f64 * 100.0 / all as f64 }
-    }
-}
-
-/// The guest sees it in its frame.
-const MAPPED: u8 = 1;
-/// A thread is at it, and nobody else may be.
-const BUSY: u8 = 2;
-/// Somebody waits for it who was not served.
-const AWAITED: u8 = 4;
-/// It cannot be had.
-const LOST: u8 = 8;
-/// Its digest is that of its slot.
-const KNOWN: u8 = 16;
-/// The RAM region has what its frame holds, or will after a flush; only on a medium whose working memory is apart.
-const SAVED: u8 = 32;
-/// Its frame's bytes are in the RAM region and not yet in working memory.
-const IN_IMAGE: u8 = 64;
-
-type Digest = [u8; 16];
-
-#[derive(Debug)]
-struct State {
-    flags: Vec<u8>,
-    frames: Frames,
-    slots: SlotTable,
-    policy: Replacement,
-    digests: Vec<Digest>,
-    streams: Streams,
-    /// Clusters that somebody waits for, and that `faults` is to look at again.
-    backlog: VecDeque<u32>,
-    /// Runs of clusters that `ahead` is to bring: the first one, and how many.
-    ahead: VecDeque<(u32, u32)>,
-    /// Resident clusters to be placed without being asked for, the last one first.
-    to_place: Vec<u32>,
-    /// Clusters that are being worked at.
-    busy: u32,
-    /// `ahead` and `evict` rest.
-    held: bool,
-    ended: bool,
-    /// The thread `faults` ends, too: last, since who withdraws waits for it.
-    deaf: bool,
-    /// What was told, and does not hold any more when it changes.
-    full: bool,
-    unwritable: bool,
-    status: PagingStatus,
-    /// Where the search for a slot that can be spared stood.
-    reclaim_at: u32,
-}
-
-impl State {
-    fn has(&self, cluster: u32, flag: u8) -> bool {
-        self.flags.get(cluster as usize).is_some_and(|flags| flags & flag != 0)
-    }
-
-    fn set(&mut self, cluster: u32, flag: u8) {
-        if let Some(flags) = self.flags.get_mut(cluster as usize) {
-            *flags |= flag;
-        }
-    }
-
-    fn clear(&mut self, cluster: u32, flag: u8) {
-        if let Some(flags) = self.flags.get_mut(cluster as usize) {
-            *flags &= !flag;
-        }
-    }
-
-    fn begin_work(&mut self, cluster: u32) {
-        self.set(cluster, BUSY);
-        self.busy += 1;
-    }
-
-    /// The work at a cluster is done; who came meanwhile is looked at again. Whether somebody did.
-    fn end_work(&mut self, cluster: u32) -> bool {
-        self.clear(cluster, BUSY);
-        self.busy = self.busy.saturating_sub(1);
-        let awaited = self.has(cluster, AWAITED);
-        if awaited {
-            self.clear(cluster, AWAITED);
-            self.backlog.push_back(cluster);
-        }
-        awaited
-    }
-}
-
 /// A guest's memory, paged.
 pub struct Pager {
     shared: Arc<Shared>,
@@ -359,6 +156,11 @@ struct Shared {
     /// `ahead` has something to do.
     wish: Condvar,
     bell: OwnedFd,
+    elsewhere: Option<Elsewhere>,
+    /// `fetch` has something to do.
+    fetch: Condvar,
+    /// Faults that were heard of and are yet to be served.
+    waiting: AtomicUsize,
 }
 
 impl fmt::Debug for Pager {
@@ -379,6 +181,8 @@ pub struct Plan {
     pub swap_bytes: u64,
     /// The digest of the tables of the last freeze; `None`: all of the memory is zeros.
     pub tables: Option<u32>,
+    /// Memory that is yet to come; `None`: what is in no frame and no slot is zeros.
+    pub elsewhere: Option<Elsewhere>,
     /// Who is told.
     pub events: PagingEvents,
 }
@@ -390,25 +194,47 @@ impl Pager {
     /// # Errors
     /// [`PagingError`].
     pub fn start(plan: Plan) -> Result<Self, PagingError> {
-        let Plan { geometry, ram, swap, swap_bytes, tables, events } = plan;
+        let Plan { geometry, ram, swap, swap_bytes, tables, elsewhere, events } = plan;
         let swap = SwapFile::open(swap, geometry, geometry.slots(swap_bytes))?;
         let store = FrameStore::new(ram, geometry)?;
-        let state = match tables {
+        let mut state = match tables {
             None => State::fresh(geometry, geometry.slots(swap_bytes)),
             Some(digest) => State::restored(geometry, &swap, digest, store.is_apart())?,
         };
+        if elsewhere.as_ref().is_some_and(|elsewhere| !state.mark_elsewhere(&elsewhere.present)) {
+            return Err(swap.refuse("they have memory of which the context says that it is yet to come"));
+        }
         let system = |doing| move |source: std::io::Error| PagingError::System { doing, source };
         let memory = PagedMemory::reserve(geometry.memory, geometry.cluster);
         let memory = memory.map_err(system("page guest memory (userfaultfd)"))?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(std::io::Error::from);
         let bell = bell.map_err(system("make an event descriptor"))?;
         let state = Mutex::new(state);
-        let (changed, pressure, wish) = (Condvar::new(), Condvar::new(), Condvar::new());
-        let shared = Arc::new(Shared { geometry, memory, store, swap, events, state, changed, pressure, wish, bell });
+        let [changed, pressure, wish, fetch] = std::array::from_fn(|_| Condvar::new());
+        let waiting = AtomicUsize::new(0);
+        let shared = Shared {
+            geometry,
+            memory,
+            store,
+            swap,
+            events,
+            state,
+            changed,
+            pressure,
+            wish,
+            bell,
+            elsewhere,
+            fetch,
+            waiting,
+        };
+        let shared = Arc::new(shared);
         let mut pager = Self { shared, threads: Vec::new() };
         pager.spawn("faults", Shared::serve_faults)?;
         pager.spawn("evict", Shared::keep_frames_free)?;
         pager.spawn("ahead", Shared::bring_ahead)?;
+        if pager.shared.elsewhere.is_some() {
+            pager.spawn("fetch", Shared::fetch)?;
+        }
         Ok(pager)
     }
 
@@ -510,6 +336,7 @@ impl Pager {
     /// See [`Pager::hold`].
     pub fn go_on(&self) {
         self.shared.state().held = false;
+        self.shared.fetch.notify_all();
         self.shared.pressure.notify_all();
         self.shared.wish.notify_all();
     }
@@ -527,7 +354,7 @@ impl Pager {
 impl Drop for Pager {
     fn drop(&mut self) {
         self.shared.state().ended = true;
-        for condition in [&self.shared.changed, &self.shared.pressure, &self.shared.wish] {
+        for condition in [&self.shared.changed, &self.shared.pressure, &self.shared.wish, &self.shared.fetch] {
             condition.notify_all();
         }
         // The thread `faults` last: it was started first, and others wait for it.
@@ -540,77 +367,6 @@ impl Drop for Pager {
             if thread.thread().id() != std::thread::current().id() {
                 let _ = thread.join();
             }
-        }
-    }
-}
-
-impl State {
-    fn fresh(geometry: Geometry, slots: u32) -> Self {
-        let clusters = geometry.clusters();
-        Self::with(
-            geometry,
-            Frames::new(clusters, geometry.frames, SPARE),
-            SlotTable::new(clusters, slots),
-            Replacement::new(clusters, geometry.frames),
-        )
-    }
-
-    fn with(geometry: Geometry, frames: Frames, slots: SlotTable, policy: Replacement) -> Self {
-        let clusters = geometry.clusters();
-        let status = PagingStatus { clusters: clusters.into(), cluster: geometry.cluster, ..PagingStatus::default() };
-        Self {
-            flags: vec![0; clusters as usize],
-            frames,
-            slots,
-            policy,
-            digests: vec![Digest::default(); clusters as usize],
-            streams: Streams::new(geometry.cluster),
-            backlog: VecDeque::new(),
-            ahead: VecDeque::new(),
-            to_place: Vec::new(),
-            busy: 0,
-            held: true,
-            ended: false,
-            deaf: false,
-            reclaim_at: 0,
-            full: false,
-            unwritable: false,
-            status,
-        }
-    }
-
-    /// As the tables of a freeze say. `apart`: working memory is not the RAM region itself.
-    fn restored(geometry: Geometry, swap: &SwapFile, digest: u32, apart: bool) -> Result<Self, PagingError> {
-        let clusters = geometry.clusters();
-        let (slots, list) = swap.load(clusters, digest)?;
-        let mut frames = Frames::new(clusters, geometry.frames, SPARE);
-        for (cluster, frame) in &list {
-            if !frames.claim(*cluster, *frame) {
-                return Err(
-                    swap.refuse("the frame list: it names a cluster or a frame twice, or one that there is not")
-                );
-            }
-        }
-        let order = list.iter().map(|(cluster, _)| *cluster);
-        let policy = Replacement::restore(clusters, geometry.frames, order.clone());
-        let mut state = Self::with(geometry, frames, slots, policy);
-        let swapped = |cluster: &u32| state.slots.of(*cluster).is_some() && state.frames.frame_of(*cluster).is_none();
-        state.status.swapped = (0..clusters).filter(swapped).count() as u64;
-        state.to_place = order.rev().collect();
-        if apart {
-            list.iter().for_each(|(cluster, _)| state.set(*cluster, SAVED | IN_IMAGE));
-        }
-        Ok(state)
-    }
-
-    fn status(&self) -> PagingStatus {
-        PagingStatus {
-            resident: self.frames.in_use().into(),
-            frames: self.frames.limit().into(),
-            slots_used: self.slots.in_use().into(),
-            slots: self.slots.count().into(),
-            near_misses: self.policy.near_misses(),
-            ..self.status
         }
     }
 }
@@ -671,6 +427,9 @@ impl Shared {
 
     fn lost(&self, state: &State, cluster: u32, source: Option<PagingError>) -> PagingError {
         let std::ops::Range { start, end } = self.geometry.bytes_of(cluster);
+        if state.has(cluster, ELSEWHERE) {
+            return PagingError::Elsewhere { start, end, source: None };
+        }
         let slot = state.slots.of(cluster).map_or(0, |slot| slot.number);
         PagingError::Lost { start, end, slot, source: source.map(Box::new) }
     }

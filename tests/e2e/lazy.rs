@@ -21,45 +21,50 @@ fn start(perdure: &Perdure, guest: &str, cmdline: &str, more: &[&str]) -> Runnin
 
 /// The touches that the guest has reported.
 #[track_caller]
-fn touches(perdure: &Perdure) -> u64 {
+pub(crate) fn touches(perdure: &Perdure) -> u64 {
     record(perdure, "web")["status"]["report"].as_u64().unwrap_or(0)
 }
 
 #[track_caller]
-fn walk_on(perdure: &Perdure, by: u64) {
+pub(crate) fn walk_on(perdure: &Perdure, by: u64) {
     let before = touches(perdure);
     eventually("touches", || touches(perdure) >= before + by);
 }
 
 #[track_caller]
-fn snapshot(perdure: &Perdure) -> Value {
+pub(crate) fn snapshot(perdure: &Perdure) -> Value {
     perdure.run(&["snapshot", "web", "--json"]).expect_code(0).json()
 }
 
 #[track_caller]
-fn generation(perdure: &Perdure, id: &str) -> Value {
+pub(crate) fn generation(perdure: &Perdure, id: &str) -> Value {
     let listed = perdure.run(&["generations", "web", "--json"]).expect_code(0).json();
     let all = listed["generations"].as_array().expect("generations").clone();
     all.iter().find(|generation| generation["id"] == id).unwrap_or_else(|| panic!("no {id}: {all:?}")).clone()
 }
 
 #[track_caller]
-fn kill(running: Running) -> String {
+pub(crate) fn kill(running: Running) -> String {
     running.signal(Signal::KILL);
     running.wait(LIMIT).stdout
 }
 
 #[track_caller]
-fn freeze(perdure: &Perdure, running: Running) -> String {
+pub(crate) fn freeze(perdure: &Perdure, running: Running) -> String {
     perdure.run(&["powerfail", "web"]).expect_code(0);
     running.wait(LIMIT).expect_code(3).stdout
 }
 
 /// How much of the memory is restored; 100 where nothing is said of it.
 #[track_caller]
-fn restored(perdure: &Perdure) -> u64 {
+pub(crate) fn restored(perdure: &Perdure) -> u64 {
     let record = record(perdure, "web");
     record["restored_percent"].as_u64().unwrap_or(100)
+}
+
+#[track_caller]
+pub(crate) fn eventually_restored(perdure: &Perdure) {
+    eventually("all of its memory", || restored(perdure) == 100);
 }
 
 /// A walk that was cut off after a generation of its middle.

@@ -14,6 +14,7 @@ mod hostile_guests;
 mod kernels;
 mod killed;
 mod lazy;
+mod lazy_paged;
 mod lifecycle;
 mod machine_code;
 mod outages;

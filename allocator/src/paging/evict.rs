@@ -3,7 +3,7 @@
 use std::sync::PoisonError;
 
 use super::slots::Buffer;
-use super::{BUSY, Digest, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
+use super::{BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
 use crate::medium::paged::WITHDRAWN_MAX;
 
 /// Of all frames, so many are kept free: one in this many.
@@ -17,7 +17,7 @@ const DEMOTED_MAX: usize = 64;
 /// Frames whose memory is given back at a time.
 const RELEASED_MAX: usize = 64;
 /// How long before what failed is tried again.
-const AGAIN: std::time::Duration = std::time::Duration::from_millis(100);
+pub(super) const AGAIN: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// What becomes of a cluster that leaves its frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -293,7 +293,7 @@ impl Shared {
         None
     }
 
-    fn tell_unwritable(&self, error: PagingError) {
+    pub(super) fn tell_unwritable(&self, error: PagingError) {
         if !std::mem::replace(&mut self.state().unwritable, true) {
             (self.events)(PagingEvent::Unwritable(error));
         }
@@ -333,6 +333,7 @@ impl Shared {
             state.frames.give_back(cluster);
             state.slots.free(cluster);
             state.clear(cluster, MAPPED | KNOWN | SAVED | IN_IMAGE);
+            self.note_here(&mut state, cluster);
         }
         state.end_work(cluster);
     }
@@ -393,7 +394,8 @@ impl Shared {
             return Err(self.lost(&state, cluster, None));
         }
         let (frame, slot) = (state.frames.frame_of(cluster), state.slots.of(cluster));
-        if frame.is_none() && slot.is_none() {
+        let elsewhere = state.has(cluster, ELSEWHERE);
+        if frame.is_none() && slot.is_none() && !elsewhere {
             into.fill(0);
             return Ok(());
         }
@@ -413,7 +415,13 @@ impl Shared {
                     Ok(())
                 })
             }
-            (None, None) => Ok(()),
+            (None, None) => {
+                let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
+                self.read_elsewhere(cluster, bytes).map(|_| {
+                    let start = usize::try_from(within).unwrap_or(0);
+                    into.copy_from_slice(bytes.get(start..start + into.len()).unwrap_or_default());
+                })
+            }
         };
         let mut state = self.state();
         let ring = state.end_work(cluster);
@@ -444,12 +452,12 @@ impl State {
     }
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
     const ZEROS: [u8; 4096] = [0; 4096];
     bytes.chunks(ZEROS.len()).all(|chunk| ZEROS.starts_with(chunk))
 }
 
-fn digest(bytes: &[u8]) -> Digest {
+pub(super) fn digest(bytes: &[u8]) -> Digest {
     let mut digest = Digest::default();
     digest.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
     digest

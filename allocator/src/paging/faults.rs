@@ -1,17 +1,18 @@
 //! The thread that hears who waits for memory, and what serves them.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::beside::Beside;
 use super::slots::{Buffer, Slot};
-use super::{AWAITED, BUSY, IN_IMAGE, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
+use super::{AWAITED, BUSY, ELSEWHERE, IN_IMAGE, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
 use crate::medium::paged::Awaited;
 
 /// What a cluster that is asked for needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Need {
+pub(super) enum Need {
     /// Whoever waits goes on.
     Wake,
     /// Nothing now: a thread is at it, or there is no free frame.
@@ -24,9 +25,11 @@ enum Need {
 
 /// Where a cluster's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Source {
+pub(super) enum Source {
     Zeros,
     Slot(Slot),
+    /// Where it has not come from yet.
+    Elsewhere,
     /// In the image of the frame.
     Image,
 }
@@ -50,8 +53,10 @@ impl Shared {
             }
             let mut silence = [0; 8];
             let _ = rustix::io::read(&self.bell, &mut silence);
+            self.waiting.store(awaited.len(), Ordering::SeqCst);
             for Awaited { cluster, thread } in awaited.drain(..) {
                 self.serve(cluster, &mut buffer);
+                self.waiting.fetch_sub(1, Ordering::SeqCst);
                 beside.move_to(thread);
             }
             again.extend(self.state().backlog.drain(..));
@@ -108,7 +113,12 @@ impl Shared {
             self.pressure.notify_all();
         }
         state.begin_work(cluster);
-        let from = state.slots.of(cluster).map_or(Source::Zeros, Source::Slot);
+        let from = if state.has(cluster, ELSEWHERE) {
+            state.trace.push(cluster);
+            Source::Elsewhere
+        } else {
+            state.slots.of(cluster).map_or(Source::Zeros, Source::Slot)
+        };
         Need::Fill { frame, from }
     }
 
@@ -120,7 +130,7 @@ impl Shared {
     }
 
     /// Shows the guest a cluster in its frame.
-    fn place(&self, state: &mut State, cluster: u32, frame: u32) -> Need {
+    pub(super) fn place(&self, state: &mut State, cluster: u32, frame: u32) -> Need {
         let placed = self.store.file().and_then(|file| {
             let placed = self.memory.place(file, frame, cluster, 1);
             placed.map_err(|source| PagingError::System { doing: "map a frame", source })
@@ -141,11 +151,12 @@ impl Shared {
     }
 
     /// Brings a cluster's bytes into its frame.
-    fn fill(&self, cluster: u32, frame: u32, from: Source, buffer: &mut Buffer) -> Result<(), PagingError> {
+    pub(super) fn fill(&self, cluster: u32, frame: u32, from: Source, buffer: &mut Buffer) -> Result<(), PagingError> {
         let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
         match from {
             Source::Zeros => bytes.fill(0),
             Source::Image => self.store.read_image(frame, 0, bytes)?,
+            Source::Elsewhere => drop(self.read_elsewhere(cluster, bytes)?),
             Source::Slot(slot) => {
                 let checked = self
                     .swap
@@ -166,10 +177,11 @@ impl Shared {
         let need = match filled {
             Ok(()) => {
                 self.count(&mut state, from);
+                self.note_here(&mut state, cluster);
                 state.clear(cluster, SAVED | IN_IMAGE);
                 match from {
                     Source::Image => state.policy.touched(cluster),
-                    Source::Zeros | Source::Slot(_) => state.policy.admitted(cluster),
+                    Source::Zeros | Source::Slot(_) | Source::Elsewhere => state.policy.admitted(cluster),
                 }
                 self.note_sequence(&mut state, cluster);
                 self.place(&mut state, cluster, frame)
@@ -193,6 +205,7 @@ impl Shared {
         match from {
             Source::Zeros => state.status.zero_faults += 1,
             Source::Image => state.status.soft_faults += 1,
+            Source::Elsewhere => state.status.source_faults += 1,
             Source::Slot(_) => {
                 state.status.hard_faults += 1;
                 state.status.swapped -= 1;

@@ -102,6 +102,9 @@ impl Shared {
                 (cluster..cluster + count).for_each(|cluster| {
                     state.clear(cluster, SAVED);
                     state.set(cluster, MAPPED);
+                    // It may have been withdrawn from the guest, as far as the policy knows, before it was placed: a victim that is mapped
+                    // would never leave.
+                    state.policy.touched(cluster);
                 });
                 let _ = self.memory.wake(cluster, count);
             }

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+mod elsewhere;
+
 const CLUSTER: u64 = CLUSTER_MIN;
 const MEMORY: u64 = 128 * CLUSTER - 3 * PAGE_SIZE;
 const RAM: u64 = 32 * CLUSTER;
@@ -62,10 +64,15 @@ impl Home {
     }
 
     fn try_pager(&self, tables: Option<u32>) -> Result<Pager, PagingError> {
+        self.try_pager_with(tables, None)
+    }
+
+    fn try_pager_with(&self, tables: Option<u32>, elsewhere: Option<Elsewhere>) -> Result<Pager, PagingError> {
         let sender = Mutex::new(self.sender.clone());
         let events: PagingEvents = Arc::new(move |event| drop(sender.lock().unwrap().send(event)));
         let (ram, swap) = (self.region("vm/ram"), self.region("vm/swap"));
-        Pager::start(Plan { geometry: self.geometry, ram, swap, swap_bytes: self.swap_bytes, tables, events })
+        let (geometry, swap_bytes) = (self.geometry, self.swap_bytes);
+        Pager::start(Plan { geometry, ram, swap, swap_bytes, tables, elsewhere, events })
     }
 
     fn pager(&self, tables: Option<u32>) -> Pager {

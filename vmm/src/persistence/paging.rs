@@ -4,7 +4,8 @@
 //!   boot      all of it is zeros, whatever the regions hold
 //!   freeze    the pager is held, all is made durable, and the context gets the digest of the tables that say what is where
 //!   resume    the tables are read; the same memory is in the same frames
-//!   restore   the generation's pages are written through the pager: what does not fit in RAM is in the swap region at its end
+//!   restore   the generation's pages are written through the pager: what does not fit in RAM is in the swap region at its end;
+//!             or, lazily, they are elsewhere at first: see [`super::restoring`]
 //! ```
 //!
 //! A generation holds the guest's memory as the guest sees it, in one piece: it can be restored to another amount of RAM.
@@ -12,11 +13,10 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use allocator::paging::{Pager, PagingError, PagingEvents, PagingStatus, Plan};
+use allocator::paging::{Elsewhere, Pager, PagingError, PagingEvents, PagingStatus, Plan};
 use allocator::{Region, RegionError};
 use serde::{Deserialize, Serialize};
 
-use super::regions::RegionsError;
 use crate::machine::config::VmConfig;
 use crate::machine::memory::HostMemory;
 
@@ -37,14 +37,15 @@ pub struct Persisted {
     pub paged: Option<PagedV1>,
 }
 
-/// Begins to page, held; `None` if the VM's memory is all RAM.
+/// Begins to page, held; `None` if the VM's memory is all RAM. `elsewhere`: what is still in a generation.
 pub(super) fn start(
     config: &VmConfig,
     ram: &Arc<Region>,
     swap: Option<&Arc<Region>>,
     paged: Option<PagedV1>,
+    elsewhere: Option<Elsewhere>,
     events: &PagingEvents,
-) -> Result<Option<Arc<Pager>>, RegionsError> {
+) -> Result<Option<Arc<Pager>>, PagingError> {
     let (Some(geometry), Some(swap)) = (config.geometry(), swap) else { return Ok(None) };
     let plan = Plan {
         geometry,
@@ -52,6 +53,7 @@ pub(super) fn start(
         swap: Arc::clone(swap),
         swap_bytes: config.swap_bytes(),
         tables: paged.map(|paged| paged.tables),
+        elsewhere,
         events: Arc::clone(events),
     };
     Ok(Some(Arc::new(Pager::start(plan)?)))
@@ -114,11 +116,14 @@ pub struct PagedStatus {
     pub frames: u64,
     /// In the swap region alone.
     pub swapped: u64,
+    /// Still in the generation that memory is restored from.
+    #[serde(default)]
+    pub elsewhere: u64,
     /// Slots of the swap region.
     pub slots: u64,
     /// Of these in use, by clusters in RAM too.
     pub slots_used: u64,
-    /// The memory residence ratio: resident / (resident + swapped) × 100.
+    /// The memory residence ratio: resident / (resident + swapped + elsewhere) × 100.
     pub residence: f64,
     /// Faults that waited for the swap region.
     pub hard_faults: u64,
@@ -143,7 +148,7 @@ impl PagedStatus {
     #[must_use]
     pub fn new(status: &PagingStatus, swap_full: bool) -> Self {
         let residence = status.residence();
-        let PagingStatus { clusters, cluster, resident, frames, swapped, slots_used, slots, .. } = *status;
+        let PagingStatus { clusters, cluster, resident, frames, swapped, elsewhere, slots_used, slots, .. } = *status;
         let PagingStatus { hard_faults, zero_faults, soft_faults, read_ahead, dropped, written, stalls, .. } = *status;
         Self {
             cluster,
@@ -151,6 +156,7 @@ impl PagedStatus {
             resident,
             frames,
             swapped,
+            elsewhere,
             slots,
             slots_used,
             residence,

@@ -13,7 +13,7 @@ use allocator::{
 
 use super::context::{self, ContextError, ContextV1, Encoded, Slots, Standing};
 use super::paging::{self, Memory, PagedMemory as Paged, Persisted};
-use super::restoring::{PagedMemory, Paging, Restoring, RestoringError, RestoringV1};
+use super::restoring::{Destination, PagedMemory, Paging, Restoring, RestoringError, RestoringV1};
 use crate::machine::config::VmConfig;
 use crate::machine::kvm::Host;
 use crate::machine::memory::{GuestRam, HostMemory, MemoryError};
@@ -379,8 +379,16 @@ impl VmRegions {
     /// [`RestoringError`].
     pub fn go_on_restoring(&mut self, paging: &Paging<'_>) -> Result<(), RestoringError> {
         let Some(record) = self.context.standing.restoring() else { return Ok(()) };
-        let ram = Arc::clone(&self.ram);
-        self.restoring = Some(Restoring::begin(record, &self.name, &self.context.config, ram, paging)?);
+        let destination = match &self.swap {
+            None => Destination::Ram(Arc::clone(&self.ram)),
+            Some(swap) => {
+                let tables = self.context.standing.paged();
+                Destination::Paged { ram: &self.ram, swap, tables, events: &self.paging_events }
+            }
+        };
+        let restoring = Restoring::begin(record, &self.name, &self.context.config, destination, paging)?;
+        self.pager = restoring.paged().cloned();
+        self.restoring = Some(restoring);
         Ok(())
     }
 
@@ -399,7 +407,7 @@ impl VmRegions {
     /// Memory that nobody has asked for is not fetched, or is again.
     pub fn hold_restore(&self, held: bool) {
         if let Some(restoring) = &self.restoring {
-            restoring.pager().hold(held);
+            restoring.hold(held);
         }
     }
 
@@ -421,7 +429,7 @@ impl VmRegions {
     /// A held pager of what the context says, or of zeros.
     fn begin_paging(&self, fresh: bool) -> Result<Option<Arc<Pager>>, RegionsError> {
         let paged = self.context.standing.paged().filter(|_| !fresh);
-        paging::start(&self.context.config, &self.ram, self.swap.as_ref(), paged, &self.paging_events)
+        Ok(paging::start(&self.context.config, &self.ram, self.swap.as_ref(), paged, None, &self.paging_events)?)
     }
 
     /// The memory of a frozen VM, for reading: none of it moves.
@@ -443,13 +451,13 @@ impl VmRegions {
         if let Some(ram) = &self.placed {
             return Ok(Arc::clone(ram));
         }
-        self.pager = self.begin_paging(self.fresh)?;
-        let (mapping, memory): (_, Box<dyn HostMemory>) = match (&self.pager, &self.restoring) {
+        if self.pager.is_none() {
+            self.pager = self.begin_paging(self.fresh)?;
+        }
+        let filler = self.restoring.as_ref().and_then(Restoring::filler);
+        let (mapping, memory): (_, Box<dyn HostMemory>) = match (&self.pager, filler) {
             (Some(pager), _) => (None, Box::new(Paged(Arc::clone(pager)))),
-            (None, Some(restoring)) => {
-                let pager = restoring.pager();
-                (Some(Arc::clone(pager.mapping())), Box::new(PagedMemory(Arc::clone(pager))))
-            }
+            (None, Some(pager)) => (Some(Arc::clone(pager.mapping())), Box::new(PagedMemory(Arc::clone(pager)))),
             (None, None) => {
                 let mapping = Arc::new(self.ram.map()?);
                 (Some(Arc::clone(&mapping)), Box::new(mapping))

@@ -3,8 +3,10 @@
 //! ```text
 //!   rollback, recovery      a context that says: RAM is generation G, of whose clusters none is in the region yet; clean@N
 //!   resume                  a pager over the region: faults bring clusters from G, a prefetcher brings the others
-//!   freeze in the middle    the next context says which clusters are in the region (4 KiB at most); the resume after it goes on there
+//!   freeze in the middle    the next context says which clusters are in the region (16 KiB at most); the resume after it goes on there
 //!   cut in the middle       RAM is not stamped: the newest generation is restored, as after any cut
+//!   less RAM than memory    the same with the pager of [`super::paging`], in whose frames and slots the clusters are then: its tables say
+//!                           which is where, the context which have come
 //!   a generation            its parent is G; what is not in the region yet is as in G, and so is not looked at
 //!   all is there            G is let go
 //! ```
@@ -17,11 +19,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use allocator::Region;
-use allocator::pager::{self, ClusterSource, Pager, PagerError, PagerEvent, PagerEvents, PagerStatus, SourceError};
+use allocator::pager::{self, ClusterSource, PagerError, PagerEvent, PagerEvents, PagerStatus, SourceError};
+use allocator::paging::{self, Elsewhere, Geometry, PagingError, PagingEvent, PagingEvents, PagingStatus};
 use serde::{Deserialize, Serialize};
 use snapshot::{GenerationId, Reader, Store, StoreError};
 
 use super::generations::{self, GenerationsError, REGION_RAM};
+use super::paging::PagedV1;
 use crate::machine::config::VmConfig;
 use crate::machine::dirty::PageSet;
 use crate::machine::memory::{HostMemory, PAGE_SIZE};
@@ -65,13 +69,16 @@ pub enum RestoringError {
     /// Filling RAM.
     #[error(transparent)]
     Pager(#[from] PagerError),
+    /// Paging memory.
+    #[error(transparent)]
+    Paging(#[from] PagingError),
 }
 
 impl RestoringV1 {
-    /// Nothing of a region of `size` bytes is there yet.
+    /// Nothing of a memory of `size` bytes is there yet; `paged`: how it is divided, if it is.
     #[must_use]
-    pub fn nothing_yet(generation: &GenerationId, unprotect: bool, size: u64) -> Self {
-        let cluster = pager::cluster_size(size);
+    pub fn nothing_yet(generation: &GenerationId, unprotect: bool, size: u64, paged: Option<Geometry>) -> Self {
+        let cluster = paged.map_or_else(|| pager::cluster_size(size), |geometry| geometry.cluster());
         Self {
             generation: generation.to_string(),
             unprotect,
@@ -80,14 +87,18 @@ impl RestoringV1 {
         }
     }
 
-    /// The generation, and which clusters of a region of `size` bytes are there.
+    /// The generation, and which clusters of a memory of `size` bytes are there; `paged`: how it is divided, if it is.
     ///
     /// # Errors
     /// [`RestoringError::Invalid`].
-    pub fn check(&self, size: u64) -> Result<(GenerationId, Vec<bool>), RestoringError> {
+    pub fn check(&self, size: u64, paged: Option<Geometry>) -> Result<(GenerationId, Vec<bool>), RestoringError> {
         let invalid = |what: String| RestoringError::Invalid(what);
         let id = self.generation.parse().map_err(|error: StoreError| invalid(error.to_string()))?;
-        if !pager::is_cluster_size(self.cluster, size) {
+        let possible = match paged {
+            Some(geometry) => geometry.cluster() == self.cluster && geometry.memory() == size,
+            None => pager::is_cluster_size(self.cluster, size),
+        };
+        if !possible {
             return Err(invalid(format!("clusters of {} bytes in a region of {size}", self.cluster)));
         }
         let clusters = count(size, self.cluster);
@@ -154,7 +165,33 @@ pub struct Restoring {
     done: Arc<AtomicBool>,
     /// What was in the region when this process took it up.
     before: Option<PageSet>,
-    pager: Arc<Pager>,
+    pager: AnyPager,
+}
+
+/// What brings the clusters.
+#[derive(Debug, Clone)]
+enum AnyPager {
+    /// Memory is all RAM, and this fills its region.
+    Ram(Arc<pager::Pager>),
+    /// Memory is paged anyway.
+    Paged(Arc<paging::Pager>),
+}
+
+/// Where the clusters are to come to.
+pub(super) enum Destination<'a> {
+    /// The RAM region: there is nothing else.
+    Ram(Arc<Region>),
+    /// Frames and slots.
+    Paged {
+        /// RAM.
+        ram: &'a Arc<Region>,
+        /// Swap.
+        swap: &'a Arc<Region>,
+        /// What the context says of them.
+        tables: Option<PagedV1>,
+        /// Who is told of paging.
+        events: &'a PagingEvents,
+    },
 }
 
 /// How a restore is to go on.
@@ -169,20 +206,19 @@ pub struct Paging<'a> {
 }
 
 impl Restoring {
-    /// Goes on with what a context says. The region is mapped; nothing of it is altered until something accesses it, but that clusters
-    /// come.
+    /// Goes on with what a context says. Nothing of the memory is altered until something accesses it, but that clusters come.
     ///
     /// # Errors
     /// [`RestoringError`].
-    pub fn begin(
+    pub(super) fn begin(
         record: &RestoringV1,
         name: &str,
         config: &VmConfig,
-        ram: Arc<Region>,
+        destination: Destination<'_>,
         paging: &Paging<'_>,
     ) -> Result<Self, RestoringError> {
-        let size = ram.size();
-        let (id, present) = record.check(size)?;
+        let size = config.memory.0;
+        let (id, present) = record.check(size, config.geometry())?;
         let failed = |source| RestoringError::Generation { generation: id.to_string(), source };
         let store = store(paging.pool, name, config)?;
         if record.unprotect && !store.generation(&id).map_err(failed)?.protected {
@@ -196,25 +232,63 @@ impl Restoring {
             return Err(RestoringError::Invalid(format!("generation {id} is of another memory")));
         };
         let before = present.contains(&true).then(|| pages_present(&present, record.cluster, size));
-        let mut plan = pager::Plan {
-            cluster: record.cluster,
-            present,
-            source: Box::new(Clusters { reader, ram: at }),
-            prefetch: paging.prefetch.then(|| super::working_set::read(paging.pool, name, record.cluster)),
-            events: Arc::clone(&paging.events),
-        };
+        let source = Box::new(Clusters { reader, ram: at });
+        let prefetch = paging.prefetch.then(|| super::working_set::read(paging.pool, name, record.cluster));
         let done = Arc::new(AtomicBool::new(false));
-        if record.unprotect {
-            plan.events = releasing(store, id.clone(), plan.events, Arc::clone(&done));
-        }
-        let pager = Arc::new(Pager::start(ram, plan)?);
+        let release = record.unprotect.then(|| Release { store, id: id.clone(), done: Arc::clone(&done) });
+        let pager = match destination {
+            Destination::Ram(ram) => {
+                let is_complete = |event: &PagerEvent| matches!(event, PagerEvent::Complete);
+                let events = releasing(release, Arc::clone(&paging.events), is_complete);
+                let plan = pager::Plan { cluster: record.cluster, present, source, prefetch, events };
+                AnyPager::Ram(Arc::new(pager::Pager::start(ram, plan)?))
+            }
+            Destination::Paged { ram, swap, tables, events } => {
+                if tables.is_none() && record.present.iter().any(|byte| *byte != 0) {
+                    return Err(RestoringError::Invalid("some of it has come, and nothing says where to".to_owned()));
+                }
+                let is_complete = |event: &PagingEvent| matches!(event, PagingEvent::Complete);
+                let events = releasing(release, Arc::clone(events), is_complete);
+                let elsewhere = Elsewhere { source, present, prefetch };
+                let pager = super::paging::start(config, ram, Some(swap), tables, Some(elsewhere), &events)?;
+                let pager = pager.ok_or_else(|| RestoringError::Invalid("the VM's memory is not paged".to_owned()))?;
+                AnyPager::Paged(pager)
+            }
+        };
         Ok(Self { id, unprotect: record.unprotect, done, before, pager })
     }
 
-    /// The memory.
+    /// What fills the RAM region, if memory is all RAM.
+    pub(super) fn filler(&self) -> Option<&Arc<pager::Pager>> {
+        match &self.pager {
+            AnyPager::Ram(pager) => Some(pager),
+            AnyPager::Paged(_) => None,
+        }
+    }
+
+    /// What pages the memory, if it is paged.
+    pub(super) fn paged(&self) -> Option<&Arc<paging::Pager>> {
+        match &self.pager {
+            AnyPager::Ram(_) => None,
+            AnyPager::Paged(pager) => Some(pager),
+        }
+    }
+
+    /// Memory that nobody has asked for is not fetched, or is again.
+    pub(super) fn hold(&self, held: bool) {
+        match &self.pager {
+            AnyPager::Ram(pager) => pager.hold(held),
+            AnyPager::Paged(pager) => pager.hold_fetch(held),
+        }
+    }
+
+    /// The clusters that somebody waited for, in that order.
     #[must_use]
-    pub fn pager(&self) -> &Arc<Pager> {
-        &self.pager
+    pub fn trace(&self) -> Vec<u32> {
+        match &self.pager {
+            AnyPager::Ram(pager) => pager.trace(),
+            AnyPager::Paged(pager) => pager.trace(),
+        }
     }
 
     /// The generation.
@@ -239,19 +313,32 @@ impl Restoring {
     #[must_use]
     pub fn record(&self) -> Option<RestoringV1> {
         // A generation that is still protected is let go by the next process, to which nothing else is left.
-        if self.pager.is_complete() && !self.holds_generation() {
+        let (present, cluster) = match &self.pager {
+            AnyPager::Ram(pager) => (pager.present(), pager.cluster()),
+            AnyPager::Paged(pager) => (pager.present(), pager.geometry().cluster()),
+        };
+        if !present.contains(&false) && !self.holds_generation() {
             return None;
         }
-        let present = pack(&self.pager.present());
-        let (generation, cluster) = (self.id.to_string(), self.pager.cluster());
-        Some(RestoringV1 { generation, unprotect: self.unprotect, cluster, present })
+        let generation = self.id.to_string();
+        Some(RestoringV1 { generation, unprotect: self.unprotect, cluster, present: pack(&present) })
     }
 }
 
+/// What is to be done with the generation when all is there.
+struct Release {
+    store: Store,
+    id: GenerationId,
+    done: Arc<AtomicBool>,
+}
+
+type Events<E> = Arc<dyn Fn(E) + Send + Sync>;
+
 /// Lets the generation go when all is there, before anyone is told; in the pager's thread, since it waits for the disk.
-fn releasing(store: Store, id: GenerationId, events: PagerEvents, done: Arc<AtomicBool>) -> PagerEvents {
+fn releasing<E: 'static>(generation: Option<Release>, events: Events<E>, is_complete: fn(&E) -> bool) -> Events<E> {
+    let Some(Release { store, id, done }) = generation else { return events };
     Arc::new(move |event| {
-        if matches!(event, PagerEvent::Complete) {
+        if is_complete(&event) {
             match release(&store, &id) {
                 Ok(()) => done.store(true, Ordering::SeqCst),
                 Err(error) => tracing::warn!("generation {id} stays protected: {error}"),
@@ -283,7 +370,7 @@ pub(super) fn release(store: &Store, id: &GenerationId) -> Result<(), StoreError
 
 /// RAM that is being filled: what the VMM itself reads of it is brought in first, so that it never waits for a page that cannot be had.
 #[derive(Debug)]
-pub(super) struct PagedMemory(pub(super) Arc<Pager>);
+pub(super) struct PagedMemory(pub(super) Arc<pager::Pager>);
 
 // SAFETY: the pager keeps its mapping, at a fixed address; pieces of it are replaced by the file they stand for, mapped readable and
 // writable, and no references are handed out. A piece that was refused is told by `bring_in`.
@@ -326,9 +413,18 @@ impl Restoring {
     /// How it fares.
     #[must_use]
     pub fn status(&self) -> RestoringStatus {
-        let PagerStatus { clusters, present, faults, missing } = self.pager.status();
-        let (generation, cluster) = (self.id.to_string(), self.pager.cluster());
-        RestoringStatus { generation, cluster, present, clusters, faults, missing }
+        let generation = self.id.to_string();
+        match &self.pager {
+            AnyPager::Ram(pager) => {
+                let PagerStatus { clusters, present, faults, missing } = pager.status();
+                RestoringStatus { generation, cluster: pager.cluster(), present, clusters, faults, missing }
+            }
+            AnyPager::Paged(pager) => {
+                let PagingStatus { clusters, cluster, elsewhere, source_faults, missing, .. } = pager.status();
+                let present = clusters.saturating_sub(elsewhere);
+                RestoringStatus { generation, cluster, present, clusters, faults: source_faults, missing }
+            }
+        }
     }
 }
 
@@ -344,13 +440,20 @@ mod tests {
     #[test]
     fn nonsense_about_a_restore_is_refused() {
         let size = 10 * (64 << 10);
-        assert!(record(64 << 10, vec![0, 0]).check(size).is_ok());
+        assert!(record(64 << 10, vec![0, 0]).check(size, None).is_ok());
         for (cluster, bytes) in [(0, 2), (1, 2), (3 << 16, 1), (64 << 10, 1), (64 << 10, 3), (u64::MAX, 2), (4096, 2)] {
-            assert!(record(cluster, vec![0xFF; bytes]).check(size).is_err(), "{cluster} {bytes}");
+            assert!(record(cluster, vec![0xFF; bytes]).check(size, None).is_err(), "{cluster} {bytes}");
         }
-        assert!(record(4096, vec![0; 1 << 17]).check(1 << 32).is_err(), "more clusters than can be mapped");
+        assert!(record(4096, vec![0; 1 << 17]).check(1 << 32, None).is_err(), "more clusters than can be mapped");
+        let paged = Geometry::new(size, 32 * (64 << 10));
+        assert!(paged.is_some() && record(64 << 10, vec![0, 0]).check(size, paged).is_ok());
+        for (cluster, bytes, size) in
+            [(4096, 20, size), (128 << 10, 1, size), (64 << 10, 3, size), (64 << 10, 2, size + 4096)]
+        {
+            assert!(record(cluster, vec![0xFF; bytes]).check(size, paged).is_err(), "{cluster} {bytes} {size}");
+        }
         let nobody = RestoringV1 { generation: "nobody".to_owned(), ..record(64 << 10, vec![0, 0]) };
-        assert!(nobody.check(size).is_err());
+        assert!(nobody.check(size, None).is_err());
     }
 
     proptest! {
@@ -360,7 +463,7 @@ mod tests {
             let written = record(64 << 10, pack(&present));
             let json = serde_json::to_string(&written).unwrap();
             let read: RestoringV1 = serde_json::from_str(&json).unwrap();
-            let (id, found) = read.check(size).unwrap();
+            let (id, found) = read.check(size, None).unwrap();
             prop_assert_eq!(id, GenerationId::new("web", 3));
             prop_assert_eq!(&found, &present);
             let there = present.iter().filter(|present| **present).count() as u64;

@@ -92,9 +92,6 @@ pub enum RollbackError {
         #[source]
         source: MemoryIoError,
     },
-    /// Lazily, into less RAM than memory.
-    #[error("VM {0} has less RAM than memory, and is restored before it runs: leave out --lazy")]
-    LazyAndPaged(String),
     /// The regions.
     #[error(transparent)]
     Regions(#[from] RegionsError),
@@ -258,14 +255,12 @@ pub fn restore(
     let before = regions.context().standing.restoring().filter(|restoring| restoring.unprotect).cloned();
     let VmConfig { cpus, memory, kernel, cmdline, clock, .. } = plan.config().clone();
     let config = VmConfig { cpus, memory, kernel, cmdline, clock, ..regions.config().clone() };
+    let geometry = config.geometry();
     let name = regions.name().to_owned();
     let failed = |doing| {
         let name = name.clone();
         move |source| RollbackError::Region { doing, name, source }
     };
-    if matches!(pages, Pages::Later) && regions.config().geometry().is_some() {
-        return Err(RollbackError::LazyAndPaged(name));
-    }
     let fresh = regions.fresh_memory()?;
     store.refresh()?;
     let (report, base) = match pages {
@@ -279,7 +274,7 @@ pub fn restore(
         // It may be protected for a restore from it that this one takes the place of.
         let ours = |base: &Generation| before.as_ref().is_some_and(|before| before.generation == base.id.to_string());
         let nothing_yet =
-            |base: &Generation| RestoringV1::nothing_yet(&base.id, !base.protected || ours(base), memory.0);
+            |base: &Generation| RestoringV1::nothing_yet(&base.id, !base.protected || ours(base), memory.0, geometry);
         frozen.paged = paged;
         frozen.restoring = base.as_ref().map(nothing_yet);
     }
@@ -459,7 +454,7 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
 fn bytes_there(regions: &VmRegions) -> Result<Vec<std::ops::Range<u64>>, RollbackError> {
     let size = regions.config().memory.0;
     let Some(record) = regions.context().standing.restoring() else { return Ok(std::iter::once(0..size).collect()) };
-    let (_, present) = record.check(size)?;
+    let (_, present) = record.check(size, regions.config().geometry())?;
     let pages = restoring::pages_present(&present, record.cluster, size);
     Ok(pages.runs().map(|run| run.start * PAGE_SIZE..(run.end * PAGE_SIZE).min(size)).collect())
 }

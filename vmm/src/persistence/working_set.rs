@@ -15,8 +15,8 @@ use vfs::{OpenMode, Vfs};
 
 const MAGIC: [u8; 8] = *b"PDWRKSET";
 const VERSION: u32 = 1;
-/// Most clusters of a record: more than a pager has (2^15).
-const CLUSTERS_MAX: usize = 1 << 15;
+/// Most clusters of a record: as many as paged memory has.
+const CLUSTERS_MAX: usize = 1 << 17;
 const BODY_MAX: usize = 8 + 4 * CLUSTERS_MAX;
 
 /// Where the record of a VM lies.

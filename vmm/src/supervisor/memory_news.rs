@@ -44,34 +44,39 @@ impl Supervisor {
                     Chain(&error)
                 );
             }
+            PagingEvent::Missing(error) => self.tell_missing(&error),
+            PagingEvent::Complete => self.note_restored(),
         }
         Ok(None)
     }
 
     fn on_restore(&mut self, event: PagerEvent) -> Result<Option<Ended>, SupervisorError> {
         match event {
-            PagerEvent::Complete => {
-                self.remember_working_set();
-                tracing::info!("{}: all of its memory is restored", self.name);
-                Ok(None)
-            }
-            PagerEvent::Missing(error) => {
-                let name = &self.name;
-                tracing::warn!(
-                    "{name}: {}; it stops if its guest asks for that. `perdure scrub {name} --repair` heals what has a good copy",
-                    Chain(&error)
-                );
-                Ok(None)
-            }
-            PagerEvent::Lost(error) => self.end(Ended::MemoryLost(Chain(&error).to_string())).map(Some),
+            PagerEvent::Complete => self.note_restored(),
+            PagerEvent::Missing(error) => self.tell_missing(&error),
+            PagerEvent::Lost(error) => return self.end(Ended::MemoryLost(Chain(&error).to_string())).map(Some),
         }
+        Ok(None)
+    }
+
+    fn note_restored(&self) {
+        self.remember_working_set();
+        tracing::info!("{}: all of its memory is restored", self.name);
+    }
+
+    fn tell_missing(&self, error: &dyn std::error::Error) {
+        let name = &self.name;
+        tracing::warn!(
+            "{name}: {}; it stops if its guest asks for that. `perdure scrub {name} --repair` heals what has a good copy",
+            Chain(error)
+        );
     }
 
     /// For the next resume.
     pub(super) fn remember_working_set(&self) {
         if let Some(restoring) = self.regions.restore_under_way() {
-            let (pager, clusters) = (restoring.pager(), restoring.status().clusters);
-            working_set::learn(&self.pool, &self.name, pager.cluster(), clusters, &pager.trace());
+            let status = restoring.status();
+            working_set::learn(&self.pool, &self.name, status.cluster, status.clusters, &restoring.trace());
         }
     }
 
