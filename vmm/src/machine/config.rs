@@ -354,14 +354,14 @@ mod tests {
         refuse(VmConfig { cpus: 0, ..VmConfig::default() }, "--cpus 0");
         refuse(VmConfig { cpus: 255, ..VmConfig::default() }, "--cpus 255");
         refuse(VmConfig { memory: ByteSize(4097 << 10 | 1), ..VmConfig::default() }, "--memory");
-        refuse(VmConfig { ram: Some(ByteSize(1 << 20)), ..VmConfig::default() }, "from 2M of RAM");
+        refuse(VmConfig { ram: Some(ByteSize(256 << 10)), ..VmConfig::default() }, "from 512K of RAM");
         refuse(VmConfig { ram: Some(ByteSize(1 << 30)), ..VmConfig::default() }, "--ram 1G");
         refuse(VmConfig { swap: Some(ByteSize(1 << 30)), ..VmConfig::default() }, "--swap 1G");
         let paged = VmConfig { ram: Some(ByteSize(64 << 20)), ..VmConfig::default() };
         refuse(VmConfig { swap: Some(ByteSize(4096)), ..paged.clone() }, "--swap 4K");
-        refuse(VmConfig { ram_min: Some(ByteSize(1 << 20)), ..paged.clone() }, "--ram-min 1M");
+        refuse(VmConfig { ram_min: Some(ByteSize(4 << 10)), ..paged.clone() }, "--ram-min 4K");
         refuse(VmConfig { ram_min: Some(ByteSize(8 << 20)), ..VmConfig::default() }, "--ram-min 8M");
-        assert_eq!((paged.validate(), paged.geometry().map(|geometry| geometry.frames())), (Ok(()), Some(1024)));
+        assert_eq!((paged.validate(), paged.geometry().map(|geometry| geometry.frames())), (Ok(()), Some(4096)));
         refuse(VmConfig { kernel: Kernel::Guest("nobody".into()), ..VmConfig::default() }, "counter");
         let with = Kernel::GuestWith { guest: "nobody".into(), initrd: PathBuf::from("list") };
         refuse(VmConfig { kernel: with, ..VmConfig::default() }, "counter");

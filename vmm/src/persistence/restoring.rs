@@ -445,10 +445,10 @@ mod tests {
             assert!(record(cluster, vec![0xFF; bytes]).check(size, None).is_err(), "{cluster} {bytes}");
         }
         assert!(record(4096, vec![0; 1 << 17]).check(1 << 32, None).is_err(), "more clusters than can be mapped");
-        let paged = Geometry::new(size, 32 * (64 << 10));
-        assert!(paged.is_some() && record(64 << 10, vec![0, 0]).check(size, paged).is_ok());
+        let paged = Geometry::new(size, Geometry::least_ram(size));
+        assert!(record(16 << 10, vec![0; 5]).check(size, paged).is_ok());
         for (cluster, bytes, size) in
-            [(4096, 20, size), (128 << 10, 1, size), (64 << 10, 3, size), (64 << 10, 2, size + 4096)]
+            [(4096, 20, size), (32 << 10, 3, size), (16 << 10, 6, size), (16 << 10, 5, size + 4096)]
         {
             assert!(record(cluster, vec![0xFF; bytes]).check(size, paged).is_err(), "{cluster} {bytes} {size}");
         }

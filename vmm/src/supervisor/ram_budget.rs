@@ -161,7 +161,7 @@ mod tests {
         let config = VmConfig { memory: ByteSize(1 << 30), ..VmConfig::default() };
         assert_eq!(floor(&config), 1 << 30);
         let paged = VmConfig { ram: Some(ByteSize(256 << 20)), ..config };
-        assert_eq!(floor(&paged), 2 << 20);
+        assert_eq!(floor(&paged), 512 << 10);
         assert_eq!(floor(&VmConfig { ram_min: Some(ByteSize(64 << 20)), ..paged }), 64 << 20);
     }
 
