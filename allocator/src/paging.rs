@@ -165,6 +165,13 @@ struct Shared {
     waiting: AtomicUsize,
 }
 
+/// A part of a cluster, and which of the bytes that somebody asked for it is.
+struct Piece {
+    cluster: u32,
+    within: u64,
+    bytes: std::ops::Range<usize>,
+}
+
 impl fmt::Debug for Pager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pager").field("geometry", &self.shared.geometry).field("status", &self.status()).finish()
@@ -395,6 +402,24 @@ impl Shared {
         Ok(if length == 0 { 0..0 } else { index(offset)..index(end - 1) + 1 })
     }
 
+    /// What `length` bytes at `offset` are, cluster by cluster.
+    fn pieces(&self, offset: u64, length: usize) -> Result<impl Iterator<Item = Piece> + use<>, PagingError> {
+        let (size, end) = (self.geometry.cluster, offset.saturating_add(length as u64));
+        Ok(self.clusters_of(offset, length as u64)?.map(move |cluster| {
+            let first = u64::from(cluster) * size;
+            let (from, to) = (first.max(offset), (first + size).min(end));
+            Piece { cluster, within: from - first, bytes: (from - offset) as usize..(to - offset) as usize }
+        }))
+    }
+
+    /// The work at a cluster is done, whatever it led to; who came meanwhile is looked at again.
+    fn end_work(&self, state: &mut State, cluster: u32) {
+        if state.end_work(cluster) {
+            self.ring();
+        }
+        self.changed.notify_all();
+    }
+
     /// Waits until a cluster is mapped.
     fn ask_for(&self, cluster: u32) -> Result<(), PagingError> {
         let mut state = self.state();
@@ -413,16 +438,10 @@ impl Shared {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), PagingError> {
-        let size = self.geometry.cluster;
-        let (mut at, mut rest) = (offset, bytes);
-        self.clusters_of(offset, bytes.len() as u64)?;
-        while !rest.is_empty() {
-            let here = usize::try_from(size - at % size).unwrap_or(usize::MAX).min(rest.len());
-            let (now, later) = rest.split_at(here);
-            self.ask_for(u32::try_from(at / size).unwrap_or(u32::MAX))?;
-            let copied = self.memory.copy_in(at, now);
+        for Piece { cluster, bytes: part, .. } in self.pieces(offset, bytes.len())? {
+            self.ask_for(cluster)?;
+            let copied = self.memory.copy_in(offset + part.start as u64, bytes.get(part).unwrap_or_default());
             copied.map_err(|source| PagingError::System { doing: "write guest memory", source })?;
-            (at, rest) = (at + here as u64, later);
         }
         Ok(())
     }

@@ -248,7 +248,7 @@ impl Shared {
                 Likely::Unknown => state.policy.prefetched(cluster),
             }
         }
-        self.end_fetch(&mut state, cluster);
+        self.end_work(&mut state, cluster);
         drop(state);
         if need == Need::Wake {
             let _ = self.memory.wake(cluster, 1);
@@ -259,14 +259,14 @@ impl Shared {
     fn fetch_into_slot(&self, cluster: u32, buffer: &mut Buffer) -> Result<Result<(), PagingError>, Ended> {
         let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
         if let Err(error) = self.read_elsewhere(cluster, bytes) {
-            self.end_fetch(&mut self.state(), cluster);
+            self.end_work(&mut self.state(), cluster);
             return Ok(Err(error));
         }
         if is_zero(bytes) {
             let mut state = self.state();
             state.status.fetched += 1;
             self.note_here(&mut state, cluster);
-            self.end_fetch(&mut state, cluster);
+            self.end_work(&mut state, cluster);
             return Ok(Ok(()));
         }
         let (crc, digest) = (crc32fast::hash(bytes), digest(bytes));
@@ -282,11 +282,11 @@ impl Shared {
                 state.status.swapped += 1;
                 state.status.fetched += 1;
                 self.note_here(&mut state, cluster);
-                self.end_fetch(&mut state, cluster);
+                self.end_work(&mut state, cluster);
                 return Ok(Ok(()));
             }
             let mut state = self.state();
-            self.end_fetch(&mut state, cluster);
+            self.end_work(&mut state, cluster);
             drop(self.fetch.wait_timeout(state, AGAIN).unwrap_or_else(PoisonError::into_inner));
             match self.await_turn(cluster, Likely::Unknown) {
                 Turn::End => return Err(Ended),
@@ -308,13 +308,5 @@ impl Shared {
                 None
             }
         }
-    }
-
-    /// The work at a cluster is done, whatever it led to.
-    fn end_fetch(&self, state: &mut State, cluster: u32) {
-        if state.end_work(cluster) {
-            self.ring();
-        }
-        self.changed.notify_all();
     }
 }

@@ -3,7 +3,9 @@
 use std::sync::PoisonError;
 
 use super::slots::Buffer;
-use super::{BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
+use super::{
+    BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, Piece, SAVED, Shared, State,
+};
 use crate::medium::paged::WITHDRAWN_MAX;
 
 /// Of all frames, so many are kept free: one in this many.
@@ -300,9 +302,8 @@ impl Shared {
     }
 
     pub(super) fn discard(&self, offset: u64, length: u64) -> Result<(), PagingError> {
-        let size = self.geometry.cluster;
-        let end = offset.checked_add(length).filter(|end| *end <= self.memory.len() as u64);
-        let end = end.ok_or(PagingError::OutOfBounds(offset.saturating_add(length)))?;
+        self.clusters_of(offset, length)?;
+        let (size, end) = (self.geometry.cluster, offset + length);
         let past = if end == self.memory.len() as u64 { end.div_ceil(size) } else { end / size };
         let whole = u32::try_from(offset.div_ceil(size)).unwrap_or(u32::MAX)..u32::try_from(past).unwrap_or(u32::MAX);
         for cluster in whole {
@@ -370,17 +371,9 @@ impl Shared {
     }
 
     pub(super) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), PagingError> {
-        let size = self.geometry.cluster;
         let mut buffer = Buffer::default();
-        let (mut at, mut rest) = (offset, into);
-        self.clusters_of(offset, rest.len() as u64)?;
-        while !rest.is_empty() {
-            let within = at % size;
-            let here = usize::try_from(size - within).unwrap_or(usize::MAX).min(rest.len());
-            let (now, later) = rest.split_at_mut(here);
-            self.read_one(u32::try_from(at / size).unwrap_or(u32::MAX), within, now, &mut buffer)?;
-            at += here as u64;
-            rest = later;
+        for Piece { cluster, within, bytes } in self.pieces(offset, into.len())? {
+            self.read_one(cluster, within, into.get_mut(bytes).unwrap_or_default(), &mut buffer)?;
         }
         Ok(())
     }
@@ -405,31 +398,19 @@ impl Shared {
         let read = match (frame, slot) {
             (Some(frame), _) if image => self.store.read_image(frame, within, into),
             (Some(frame), _) => self.store.read(frame, within, into),
-            (None, Some(slot)) => {
+            (None, slot) => {
                 let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
-                self.swap.read(slot.number, bytes).and_then(|()| {
-                    let start = usize::try_from(within).unwrap_or(0);
-                    let wanted = bytes.get(start..start + into.len());
-                    let wanted = wanted.filter(|_| crc32fast::hash(bytes) == slot.crc);
-                    into.copy_from_slice(wanted.ok_or_else(|| self.lost(&self.state(), cluster, None))?);
-                    Ok(())
-                })
-            }
-            (None, None) => {
-                let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
-                self.read_elsewhere(cluster, bytes).map(|_| {
+                let read = match slot {
+                    Some(slot) => self.read_slot(cluster, slot, bytes),
+                    None => self.read_elsewhere(cluster, bytes).map(drop),
+                };
+                read.map(|()| {
                     let start = usize::try_from(within).unwrap_or(0);
                     into.copy_from_slice(bytes.get(start..start + into.len()).unwrap_or_default());
                 })
             }
         };
-        let mut state = self.state();
-        let ring = state.end_work(cluster);
-        drop(state);
-        self.changed.notify_all();
-        if ring {
-            self.ring();
-        }
+        self.end_work(&mut self.state(), cluster);
         read
     }
 }

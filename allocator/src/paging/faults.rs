@@ -44,15 +44,17 @@ impl Shared {
                 PollFd::from_borrowed_fd(self.memory.descriptor(), PollFlags::IN),
                 PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN),
             ];
-            // Whatever it returns, what there is to read is read.
+            // Interrupted, or in want of memory: then nobody rang as far as can be told, and it is asked again.
             let _ = poll(&mut fds, None);
+            let rung = !fds[1].revents().is_empty();
             if let Err(source) = self.memory.awaited(&mut awaited) {
                 let doing = "hear of page faults";
                 (self.events)(PagingEvent::Lost(PagingError::System { doing, source }));
                 return;
             }
-            let mut silence = [0; 8];
-            let _ = rustix::io::read(&self.bell, &mut silence);
+            if rung {
+                let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+            }
             self.waiting.store(awaited.len(), Ordering::SeqCst);
             for Awaited { cluster, thread } in awaited.drain(..) {
                 self.serve(cluster, &mut buffer);
@@ -157,16 +159,16 @@ impl Shared {
             Source::Zeros => bytes.fill(0),
             Source::Image => self.store.read_image(frame, 0, bytes)?,
             Source::Elsewhere => drop(self.read_elsewhere(cluster, bytes)?),
-            Source::Slot(slot) => {
-                let checked = self
-                    .swap
-                    .read(slot.number, bytes)
-                    .map_err(Some)
-                    .and_then(|()| if crc32fast::hash(bytes) == slot.crc { Ok(()) } else { Err(None) });
-                checked.map_err(|source| self.lost(&self.state(), cluster, source))?;
-            }
+            Source::Slot(slot) => self.read_slot(cluster, slot, bytes)?,
         }
         self.store.write(frame, bytes)
+    }
+
+    /// Fills `bytes`, a cluster, from its slot, verified.
+    pub(super) fn read_slot(&self, cluster: u32, slot: Slot, bytes: &mut [u8]) -> Result<(), PagingError> {
+        let read = self.swap.read(slot.number, bytes).map_err(Some);
+        let checked = read.and_then(|()| if crc32fast::hash(bytes) == slot.crc { Ok(()) } else { Err(None) });
+        checked.map_err(|source| self.lost(&self.state(), cluster, source))
     }
 
     fn finish_fill(&self, cluster: u32, frame: u32, from: Source, filled: Result<(), PagingError>) {

@@ -124,15 +124,16 @@ impl HostFile {
         Self { file, path: path.to_owned(), poison: Poison::default(), uncached: OnceLock::new() }
     }
 
-    /// The file for direct reads. By its descriptor: what is at its path may be another one by now.
+    /// The same file past the page cache. By its descriptor: what is at its path may be another one by now.
+    fn open_direct(&self, write: bool) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(write).custom_flags(OFlags::DIRECT.bits().cast_signed());
+        options.open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
+
+    /// The file for direct reads.
     fn uncached(&self) -> Option<&File> {
-        let open = || {
-            let flags = OFlags::DIRECT | OFlags::NONBLOCK | OFlags::NOCTTY;
-            let mut options = OpenOptions::new();
-            options.read(true).custom_flags(flags.bits().cast_signed());
-            options.open(format!("/proc/self/fd/{}", self.file.as_raw_fd())).ok()
-        };
-        self.uncached.get_or_init(open).as_ref()
+        self.uncached.get_or_init(|| self.open_direct(false).ok()).as_ref()
     }
 
     /// Whether the page cache has most of `length` bytes at `offset`, so that a direct read would only be slower; also if that cannot be
@@ -191,10 +192,7 @@ impl VfsFile for HostFile {
     }
 
     fn direct(&self) -> io::Result<Option<Box<dyn VfsFile>>> {
-        // The open file itself, whatever has become of its path.
-        let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let flags = OFlags::DIRECT.bits().cast_signed();
-        match OpenOptions::new().read(true).write(true).custom_flags(flags).open(same) {
+        match self.open_direct(true) {
             Ok(file) => Ok(Some(Box::new(HostFile::new(file, &self.path)))),
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(None),
             Err(error) => Err(error),
