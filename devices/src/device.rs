@@ -1,6 +1,9 @@
 //! What a device is to the machine: something on a bus that can be frozen.
 
+use std::time::Instant;
+
 use crate::state::{DeviceState, StateError};
+use crate::virtio::Fault;
 
 /// What a read of nothing gives: the data lines of an idle bus float high.
 pub const OPEN_BUS: u8 = 0xff;
@@ -36,7 +39,17 @@ pub trait Freezable {
 /// What the machine's bus holds.
 pub trait Device: BusDevice + Freezable {
     /// The name under which the state of this device is filed; unique within a machine.
-    fn id(&self) -> &'static str;
+    fn id(&self) -> &str;
+
+    /// The vCPUs stand: completes what is in flight until `deadline`, or records it. Before [`Freezable::save`]; nothing happens to the
+    /// machine through this device from then on, until [`Device::thaw`]. Most devices have nothing in flight.
+    ///
+    /// # Errors
+    /// [`Fault`]: not in time; the machine cannot be frozen now.
+    fn quiesce(&mut self, deadline: Instant) -> Result<(), Fault> {
+        let _ = deadline;
+        Ok(())
+    }
 
     /// The machine is about to run (again): delivers what was under way when it was frozen.
     ///

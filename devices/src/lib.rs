@@ -42,6 +42,7 @@ pub mod reset;
 pub mod rtc;
 pub mod serial;
 pub mod state;
+pub mod virtio;
 
 pub use debug_exit::DebugExit;
 pub use device::{BusDevice, Device, Freezable, OPEN_BUS};

@@ -9,6 +9,7 @@ pub use crate::report::ReportStateV1;
 pub use crate::reset::{KeyboardControllerStateV1, ResetStateV1};
 pub use crate::rtc::RtcStateV1;
 pub use crate::serial::SerialStateV1;
+pub use crate::virtio::state::{VirtioMmioStateV1, VirtioState};
 
 /// What one device was when it was frozen.
 ///
@@ -38,6 +39,9 @@ pub enum DeviceState {
     /// The report port.
     #[serde(rename = "report-v1")]
     Report(ReportStateV1),
+    /// A virtio device.
+    #[serde(rename = "virtio-mmio-v1")]
+    VirtioMmio(VirtioMmioStateV1),
     /// A device that has no state: declared, not forgotten.
     #[serde(rename = "stateless")]
     Stateless,
@@ -54,6 +58,7 @@ impl DeviceState {
             Self::Power(_) => "power",
             Self::DebugExit(_) => "debug-exit",
             Self::Report(_) => "report",
+            Self::VirtioMmio(state) => state.device.kind(),
             Self::Stateless => "stateless",
         }
     }
@@ -89,6 +94,11 @@ pub enum StateError {
 impl StateError {
     /// A state of `found` offered to a device of kind `expected`.
     pub(crate) fn wrong_device(expected: &'static str, found: &DeviceState) -> Self {
+        Self::WrongDevice { expected, found: found.kind() }
+    }
+
+    /// A state of `found` offered to a virtio device of kind `expected`.
+    pub(crate) fn wrong_virtio_device(expected: &'static str, found: &VirtioState) -> Self {
         Self::WrongDevice { expected, found: found.kind() }
     }
 }

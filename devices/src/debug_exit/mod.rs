@@ -60,7 +60,7 @@ impl Freezable for DebugExit {
 }
 
 impl Device for DebugExit {
-    fn id(&self) -> &'static str {
+    fn id(&self) -> &str {
         "debug-exit"
     }
 }

@@ -119,7 +119,7 @@ impl Freezable for Power {
 }
 
 impl Device for Power {
-    fn id(&self) -> &'static str {
+    fn id(&self) -> &str {
         DEVICE
     }
 }

@@ -110,7 +110,7 @@ impl Freezable for Report {
 }
 
 impl Device for Report {
-    fn id(&self) -> &'static str {
+    fn id(&self) -> &str {
         "report"
     }
 }

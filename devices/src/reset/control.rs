@@ -67,7 +67,7 @@ impl Freezable for ResetControl {
 }
 
 impl Device for ResetControl {
-    fn id(&self) -> &'static str {
+    fn id(&self) -> &str {
         DEVICE
     }
 }

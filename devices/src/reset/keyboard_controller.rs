@@ -212,7 +212,7 @@ impl Freezable for KeyboardController {
 }
 
 impl Device for KeyboardController {
-    fn id(&self) -> &'static str {
+    fn id(&self) -> &str {
         DEVICE
     }
 }

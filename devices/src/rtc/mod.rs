@@ -305,7 +305,7 @@ impl Freezable for Rtc {
 }
 
 impl Device for Rtc {
-    fn id(&self) -> &'static str {
+    fn id(&self) -> &str {
         DEVICE
     }
 }

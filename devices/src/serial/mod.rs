@@ -270,7 +270,7 @@ fn rebuild(state: &SerialStateV1) -> Result<Uart, StateError> {
 }
 
 impl Device for Serial {
-    fn id(&self) -> &'static str {
+    fn id(&self) -> &str {
         "serial0"
     }
 

@@ -97,7 +97,7 @@ fn a_state_of_another_device_is_refused_by_every_device() {
 #[test]
 fn every_device_has_an_id_of_its_own() {
     let mut house = House::new(0);
-    let mut ids: Vec<_> = (0..DEVICES).map(|index| house.device(index).id()).collect();
+    let mut ids: Vec<_> = (0..DEVICES).map(|index| house.device(index).id().to_owned()).collect();
     ids.sort_unstable();
     assert_eq!(ids, ["debug-exit", "keyboard-controller", "power", "report", "reset", "rtc", "serial0"]);
 }

@@ -1,0 +1,86 @@
+use super::*;
+use crate::virtio::driver::{BUFFERS, Driver, MEMORY};
+
+/// Counts up, so that a test sees what came from it.
+struct Counting(u8);
+
+impl Entropy for Counting {
+    fn fill(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        for byte in bytes {
+            self.0 = self.0.wrapping_add(1);
+            *byte = self.0;
+        }
+        Ok(())
+    }
+}
+
+struct Empty;
+
+impl Entropy for Empty {
+    fn fill(&mut self, _: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Other.into())
+    }
+}
+
+fn driver() -> Driver {
+    let mut driver = Driver::new(Rng::new(Box::new(Counting(0))));
+    driver.set_up(0);
+    driver
+}
+
+#[test]
+fn a_request_is_filled_with_random_bytes_and_the_driver_is_told() {
+    let mut driver = driver();
+    let head = driver.offer(0, &[], &[(BUFFERS, 3), (BUFFERS + 100, 2)]);
+    driver.notify(0);
+    assert_eq!(driver.used(0), [(head.into(), 5)]);
+    assert_eq!((driver.get(BUFFERS, 4), driver.get(BUFFERS + 100, 3)), (vec![1, 2, 3, 0], vec![4, 5, 0]));
+    assert_eq!((driver.edges(), driver.read(0x60)), (1, 1));
+    driver.write(0x64, 1);
+    assert_eq!(driver.read(0x60), 0);
+}
+
+#[test]
+fn a_request_for_gigabytes_gets_a_page() {
+    let mut driver = driver();
+    driver.offer(0, &[], &[(BUFFERS, (MEMORY - BUFFERS) as u32)]);
+    driver.notify(0);
+    assert_eq!(driver.used(0), [(0, REQUEST_MAX as u32)]);
+}
+
+#[test]
+fn buffers_outside_of_the_memory_get_nothing_and_the_next_request_is_served() {
+    let mut driver = driver();
+    driver.offer(0, &[], &[(MEMORY - 1, 2)]);
+    driver.offer(0, &[(u64::MAX, u32::MAX)], &[(u64::MAX, u32::MAX)]);
+    driver.offer(0, &[(BUFFERS, 8)], &[]);
+    driver.offer(0, &[], &[(BUFFERS, 8)]);
+    driver.notify(0);
+    let lengths: Vec<u32> = driver.used(0).into_iter().map(|(_, length)| length).collect();
+    assert_eq!(lengths, [0, 0, 0, 8]);
+    assert!(!driver.needs_reset());
+}
+
+#[test]
+fn a_host_without_randomness_makes_the_device_ask_for_its_reset_and_hands_out_nothing() {
+    let mut driver = Driver::new(Rng::new(Box::new(Empty)));
+    driver.set_up(0);
+    driver.offer(0, &[], &[(BUFFERS, 8)]);
+    driver.notify(0);
+    assert!(driver.used(0).is_empty() && driver.needs_reset());
+}
+
+#[test]
+fn requests_that_wait_at_a_freeze_are_answered_after_the_resume() {
+    let mut driver = driver();
+    let first = driver.freeze();
+    driver.offer(0, &[], &[(BUFFERS, 8)]);
+    driver.notify(0);
+    assert!(driver.used(0).is_empty(), "nothing happens while it is frozen");
+    let mut resumed = driver.resumed(Rng::new(Box::new(Counting(100))));
+    resumed.restore(&first).unwrap();
+    assert!(resumed.used(0).is_empty(), "nothing happens before the thaw");
+    resumed.thaw();
+    assert_eq!(resumed.used(0), [(0, 8)]);
+    assert_eq!(resumed.get(BUFFERS, 1), [101], "drawn after the resume");
+}

@@ -1,0 +1,48 @@
+//! A virtio device, frozen: its transport, its queues, and what it is itself.
+
+use serde::{Deserialize, Serialize};
+
+use super::queue_state::QueueStateV1;
+
+/// The MMIO transport and the device behind it, version 1.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioMmioStateV1 {
+    /// `Status`.
+    pub status: u8,
+    /// `DeviceFeaturesSel`.
+    pub device_features_select: u32,
+    /// `DriverFeaturesSel`.
+    pub driver_features_select: u32,
+    /// `DriverFeatures`, both halves.
+    pub driver_features: u64,
+    /// `QueueSel`.
+    pub queue_select: u32,
+    /// `InterruptStatus`.
+    pub interrupt_status: u32,
+    /// `ConfigGeneration`.
+    pub config_generation: u32,
+    /// Each queue.
+    pub queues: Vec<QueueStateV1>,
+    /// The device itself.
+    pub device: VirtioState,
+}
+
+/// What is volatile of a virtio device itself. Layouts are never changed, only added to.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(tag = "kind")]
+pub enum VirtioState {
+    /// The source of randomness has none.
+    #[serde(rename = "rng-v1")]
+    Rng,
+}
+
+impl VirtioState {
+    /// The kind of device that this is the state of.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Rng => "virtio-rng",
+        }
+    }
+}
