@@ -178,6 +178,13 @@ impl Driver {
         self.memory.write_obj(side.available.to_le(), GuestAddress(ring + 2)).unwrap();
     }
 
+    /// Where the device asks to be notified (`avail_event`), and how far the driver is, with `VIRTIO_F_EVENT_IDX`.
+    pub(crate) fn awaited(&self, queue: usize) -> (u16, u16) {
+        let at = Self::ring(queue) + 0x8000 + 4 + 8 * u64::from(SIZE);
+        let event: u16 = self.memory.read_obj(GuestAddress(at)).unwrap();
+        (u16::from_le(event), self.sides[queue].available)
+    }
+
     pub(crate) fn notify(&mut self, queue: usize) {
         self.write(0x50, queue as u32);
     }

@@ -66,13 +66,20 @@ impl Ring {
         Ok(())
     }
 
-    /// The driver need not tell of further requests.
+    /// Gives each request that there is to `serve`, also those that come meanwhile, and asks the driver to tell of the next. Whoever takes
+    /// requests in another way calls [`Ring::listen`] before it waits for more: with `VIRTIO_F_EVENT_IDX` the driver stays silent otherwise.
     ///
     /// # Errors
-    /// [`Fault`]: the ring makes no sense.
-    pub fn silence(&mut self) -> Result<(), Fault> {
-        let memory = self.memory.clone();
-        if self.queue.ready() { self.queue.disable_notification(&*memory).map_err(Fault::ring) } else { Ok(()) }
+    /// [`Fault`]: the ring makes no sense, or as `serve` says.
+    pub fn drain(&mut self, mut serve: impl FnMut(&mut Self, Chain) -> Result<(), Fault>) -> Result<(), Fault> {
+        loop {
+            while let Some(chain) = self.pop()? {
+                serve(self, chain)?;
+            }
+            if !self.listen()? {
+                return Ok(());
+            }
+        }
     }
 
     /// The driver is to tell of further requests. Whether there are some already, of which it does not tell.

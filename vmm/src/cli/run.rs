@@ -72,6 +72,9 @@ pub(super) struct Args {
     /// The guest's clocks at an outage: continue, or realtime (jump over it) [default: continue]
     #[arg(long, value_name = "POLICY")]
     clock: Option<ClockPolicy>,
+    /// Give it a source of randomness (virtio-rng): what it draws after a resume or a rollback is new
+    #[arg(long)]
+    rng: bool,
     /// All of this from a JSON file; what is given here goes before it
     #[arg(long, value_name = "FILE.json")]
     config: Option<PathBuf>,
@@ -202,6 +205,7 @@ impl Args {
         config.swap = self.swap.or(config.swap);
         config.medium = self.medium.or(config.medium);
         config.clock = self.clock.unwrap_or(config.clock);
+        config.rng |= self.rng;
         match &self.serial {
             Some(SerialTarget::File(path)) => config.serial = SerialTarget::File(std::path::absolute(path)?),
             Some(target) => config.serial = target.clone(),

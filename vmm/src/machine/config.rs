@@ -158,6 +158,9 @@ pub struct VmConfig {
     pub serial: SerialTarget,
     /// What its clocks do at an outage.
     pub clock: ClockPolicy,
+    /// Whether it has a source of randomness (virtio-rng).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub rng: bool,
     /// A generation is taken each time this many milliseconds have passed; `None`: only when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_every_ms: Option<u64>,
@@ -181,6 +184,7 @@ impl Default for VmConfig {
             cmdline: String::new(),
             serial: SerialTarget::Stdio,
             clock: ClockPolicy::default(),
+            rng: false,
             snapshot_every_ms: None,
             family: None,
             generations: GenerationsConfig::default(),

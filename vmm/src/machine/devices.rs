@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use devices::ports as at;
+use devices::virtio::Fault;
 use devices::{
     DebugExit, Device, DeviceState, GuestMemorySize, KeyboardController, MachineControl, MachineRequest, Power, Report,
     ReportHandle, ResetControl, Rtc, Serial, StateError, WallClock,
@@ -15,9 +16,10 @@ use devices::{
 use super::boot::layout::{MMIO_GAP_END, MMIO_GAP_START};
 use super::bus::{Buses, Overlap, SharedDevice};
 use super::config::ClockPolicy;
-use super::kvm::Vm;
 use super::kvm::vm::Outage;
+use super::kvm::{KvmError, Vm};
 use super::memory::GuestRam;
+use super::virtio::{self, AcpiNode, Attachment, Placed};
 use super::{MachineEvent, MachineEvents};
 
 /// The serial port's interrupt.
@@ -31,7 +33,7 @@ pub enum DeviceError {
     Overlap(#[from] Overlap),
     /// The saved state lacks a device that the machine has.
     #[error("the saved state has nothing of the device {0}: it was made by a machine without it")]
-    Missing(&'static str),
+    Missing(String),
     /// The saved state has a device that the machine lacks.
     #[error("the saved state has the device {0}, which this machine has not")]
     Unclaimed(String),
@@ -41,6 +43,33 @@ pub enum DeviceError {
     /// An embedded guest that there is not.
     #[error("there is no embedded guest '{0}'")]
     NoSuchGuest(String),
+    /// KVM does not join a device to the guest.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// More virtio devices than there are interrupts for.
+    #[error("a VM has at most {most} virtio devices")]
+    TooMany {
+        /// How many.
+        most: usize,
+    },
+    /// A device's thread.
+    #[error("cannot start the thread of the device {device}")]
+    Thread {
+        /// Which.
+        device: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A device with work in flight.
+    #[error("the device {device} does not come to rest")]
+    Restless {
+        /// Which.
+        device: String,
+        /// Why.
+        #[source]
+        source: Fault,
+    },
 }
 
 /// The host's real-time clock.
@@ -58,6 +87,7 @@ pub struct Devices {
     serial: Arc<Mutex<Serial>>,
     report: ReportHandle,
     all: Vec<SharedDevice>,
+    virtio: Vec<Placed>,
 }
 
 /// Passes a device's request on, and makes the vCPUs stop.
@@ -82,9 +112,10 @@ impl Devices {
     /// [`DeviceError::Overlap`].
     pub fn assemble(
         vm: &Vm,
-        ram: &GuestRam,
+        ram: &Arc<GuestRam>,
         serial_output: Box<dyn Write + Send>,
         events: &MachineEvents,
+        attachments: Vec<Attachment>,
     ) -> Result<(Self, Buses), DeviceError> {
         let mut buses = Buses::default();
         let control: Arc<dyn MachineControl> =
@@ -109,11 +140,32 @@ impl Devices {
         for (base, size, device) in &placed {
             buses.ports.insert((*base).into(), (*size).into(), device, 0)?;
         }
-        let all = placed.into_iter().map(|(_, _, device)| device).collect();
-        Ok((Self { rtc, serial, report: handle, all }, buses))
+        let virtio = attachments.into_iter().enumerate();
+        let virtio = virtio.map(|(number, attachment)| virtio::place(vm, ram, &mut buses, number, attachment));
+        let virtio = virtio.collect::<Result<Vec<_>, _>>()?;
+        let ports = placed.into_iter().map(|(_, _, device)| device);
+        let all = ports.chain(virtio.iter().map(|placed| Arc::clone(&placed.device))).collect();
+        Ok((Self { rtc, serial, report: handle, all, virtio }, buses))
     }
 
-    /// Reads every device's state. vCPUs must be stopped.
+    /// What the DSDT says of them.
+    pub(super) fn acpi_nodes(&self) -> impl Iterator<Item = &AcpiNode> {
+        self.virtio.iter().map(|placed| &placed.node)
+    }
+
+    /// Lets every device complete what is in flight, until `deadline`. vCPUs must be stopped. Until [`Devices::thaw`] none does anything.
+    ///
+    /// # Errors
+    /// [`DeviceError::Restless`].
+    pub fn quiesce(&self, deadline: Instant) -> Result<(), DeviceError> {
+        self.all.iter().try_for_each(|device| {
+            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            let rest = device.quiesce(deadline);
+            rest.map_err(|source| DeviceError::Restless { device: device.id().to_owned(), source })
+        })
+    }
+
+    /// Reads every device's state. vCPUs must be stopped, and the devices quiesced.
     #[must_use]
     pub fn save(&self) -> BTreeMap<String, DeviceState> {
         let state = |device: &SharedDevice| {
@@ -131,7 +183,7 @@ impl Devices {
         let mut claimed = 0;
         for device in &self.all {
             let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            let state = states.get(device.id()).ok_or(DeviceError::Missing(device.id()))?;
+            let state = states.get(device.id()).ok_or_else(|| DeviceError::Missing(device.id().to_owned()))?;
             device.restore(state)?;
             claimed += 1;
         }

@@ -231,7 +231,8 @@ mod tests {
             cmdline: cmdline.to_owned(),
             ..VmConfig::default()
         };
-        let wiring = Wiring { serial_output: Box::new(std::io::sink()), events: Arc::new(|_| ()) };
+        let wiring =
+            Wiring { serial_output: Box::new(std::io::sink()), events: Arc::new(|_| ()), attachments: Vec::new() };
         let mut machine = Machine::assemble(Host::open().unwrap(), &config, ram, wiring).unwrap();
         machine.boot().unwrap();
         machine

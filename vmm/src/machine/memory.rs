@@ -5,9 +5,7 @@ use std::sync::{Arc, OnceLock};
 use allocator::medium::write_watch::WriteWatch;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::boot::layout;
 pub use super::boot::layout::PAGE_SIZE;
@@ -120,8 +118,7 @@ pub enum MemoryError {
     },
 }
 
-/// The type of guest memory that everything in here uses: with a bitmap of pages that the VMM itself wrote.
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+pub use devices::virtio::GuestMemory;
 
 /// One stretch of RAM: where the guest sees it, where we do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -267,6 +264,12 @@ impl GuestRam {
             into.merge(first, &mapping.bitmap().get_and_reset());
             first += region.len() / PAGE_SIZE;
         }
+    }
+}
+
+impl devices::virtio::DeviceMemory for GuestRam {
+    fn guest_memory(&self) -> &GuestMemory {
+        &self.memory
     }
 }
 

@@ -20,14 +20,17 @@ pub mod dirty;
 pub mod kvm;
 pub mod memory;
 pub mod time;
+pub mod virtio;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ::devices::{DeviceState, MachineRequest};
+use acpi_tables::Aml;
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +43,7 @@ use kvm::vcpu::{Accesses, VcpuEvents};
 use kvm::vm::Outage;
 use kvm::{Host, KvmError, Vcpu, VcpuEvent, VcpuFailure, VcpuStateV1, Vm, VmStateV1, cpuid, registers};
 use memory::GuestRam;
+use virtio::Attachment;
 
 /// What a machine tells its owner while it runs; from any thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +63,8 @@ pub struct Wiring {
     pub serial_output: Box<dyn Write + Send>,
     /// Who is told.
     pub events: MachineEvents,
+    /// The virtio devices that need something of the host, in the order of the configuration.
+    pub attachments: Vec<Attachment>,
 }
 
 /// Everything volatile of a stopped machine: plain data, and untrusted when it is read back.
@@ -131,7 +137,8 @@ impl Machine {
             return Err(KvmError::TooManyCpus { asked: config.cpus, most }.into());
         }
         let vm = Vm::create(&host, &ram)?;
-        let (devices, buses) = Devices::assemble(&vm, &ram, wiring.serial_output, &wiring.events)?;
+        let attachments = wiring.attachments.into_iter().chain(virtio::built_in(config)).collect();
+        let (devices, buses) = Devices::assemble(&vm, &ram, wiring.serial_output, &wiring.events, attachments)?;
         let msr_indices = host.msr_indices()?.into();
         Ok(Self {
             config: config.clone(),
@@ -186,6 +193,7 @@ impl Machine {
             Some(path) => Some((open("the initrd", path)?, path)),
             None => None,
         };
+        let nodes: Vec<&dyn Aml> = self.devices.acpi_nodes().map(|node| node as &dyn Aml).collect();
         let spec = BootSpec {
             kernel,
             initrd: initrd.as_ref().map(|(file, path)| (file, path.as_path())),
@@ -194,7 +202,7 @@ impl Machine {
             cpus: u16::try_from(self.config.cpus).unwrap_or(u16::MAX),
             serial_irq: Some(devices::SERIAL_IRQ),
             rtc_irq: None,
-            acpi_devices: &[],
+            acpi_devices: &nodes,
         };
         Ok(boot::load(self.ram.memory(), &spec)?)
     }
@@ -272,7 +280,16 @@ impl Machine {
         Ok(self.vcpus.iter().try_for_each(Vcpu::notify_paused)?)
     }
 
-    /// Reads the devices' state. The machine must be paused.
+    /// Lets devices complete what is in flight, or record it, until `deadline`. The machine must be paused; no device does anything then until
+    /// [`Machine::thaw_devices`].
+    ///
+    /// # Errors
+    /// [`DeviceError::Restless`], by the device's name.
+    pub fn quiesce_devices(&self, deadline: Instant) -> Result<(), MachineError> {
+        Ok(self.devices.quiesce(deadline)?)
+    }
+
+    /// Reads the devices' state. The machine must be paused and its devices quiesced.
     #[must_use]
     pub fn save_devices(&self) -> BTreeMap<String, DeviceState> {
         self.devices.save()

@@ -4,7 +4,8 @@
 //!   step       what                                        if it stood elsewhere
 //!   ─────────  ──────────────────────────────────────────  ─────────────────────────────────────────────────────────
 //!   stop       vCPUs leave the guest, accesses complete     before all: a running vCPU changes whatever is saved
-//!   quiesce    bytes under way reach their end or a queue   after stop: the guest produces more until then
+//!   quiesce    bytes under way reach their end or a queue,  after stop: the guest produces more until then
+//!              devices complete what is in flight
 //!   devices    device state                                 before the interrupt controller: a device may still raise
 //!   cpus       vCPUs, interrupt controller, clock           after devices, see above
 //!   restoring  how far a restore that is under way is       before persist: what it says is there must be flushed
@@ -20,7 +21,7 @@
 //! as if nothing had been. Nothing here depends on the size of RAM: `persist` costs what is dirty.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use allocator::RegionError;
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,9 @@ use super::paging::Persisted;
 use super::regions::{RegionsError, VmRegions};
 use crate::machine::time::nanoseconds;
 use crate::machine::{Machine, MachineError, MachineStateV1};
+
+/// How long devices may take to complete what is in flight; one that takes longer is named, and the VM is not frozen.
+const DEVICES_REST: Duration = Duration::from_secs(10);
 
 /// How far output is to be brought before state is saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,6 +201,7 @@ pub(super) fn hold_still(
     took.stop_ns = steps.next()?;
 
     surroundings.quiesce(output).map_err(FreezeError::Quiesce)?;
+    machine.quiesce_devices(Instant::now() + DEVICES_REST).map_err(FreezeError::Machine)?;
     took.quiesce_ns = steps.next()?;
 
     let devices = machine.save_devices();

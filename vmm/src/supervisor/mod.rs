@@ -164,7 +164,7 @@ impl Inboxes {
             let _ = sender.send(event);
             wake.ring();
         };
-        Wiring { serial_output: Box::new(console.output()), events: Arc::new(events) }
+        Wiring { serial_output: Box::new(console.output()), events: Arc::new(events), attachments: Vec::new() }
     }
 }
 

@@ -78,11 +78,11 @@ impl VirtioDevice for Rng {
 
     fn notified(&mut self, _: usize, rings: &mut [Ring]) -> Result<(), Fault> {
         let Some(ring) = rings.first_mut() else { return Ok(()) };
-        while let Some(chain) = ring.pop()? {
+        ring.drain(|ring, chain| {
             let head = chain.head_index();
             let written = self.answer(chain)?;
-            ring.complete(head, written)?;
-        }
+            ring.complete(head, written)
+        })?;
         ring.signal()
     }
 

@@ -84,3 +84,14 @@ fn requests_that_wait_at_a_freeze_are_answered_after_the_resume() {
     assert_eq!(resumed.used(0), [(0, 8)]);
     assert_eq!(resumed.get(BUFFERS, 1), [101], "drawn after the resume");
 }
+
+#[test]
+fn a_driver_that_waits_to_be_asked_is_asked_for_its_next_request() {
+    let mut driver = Driver::new(Rng::new(Box::new(Counting(0))));
+    driver.set_up(1 << 29);
+    for round in 1..=3 {
+        driver.offer(0, &[], &[(BUFFERS, 8)]);
+        driver.notify(0);
+        assert_eq!(driver.awaited(0), (round, round));
+    }
+}

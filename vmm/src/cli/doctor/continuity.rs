@@ -91,6 +91,7 @@ pub(super) fn run() -> anyhow::Result<Findings> {
 }
 
 fn save(machine: &Machine) -> anyhow::Result<MachineStateV1> {
+    machine.quiesce_devices(Instant::now())?;
     Ok(machine.save_cpus(machine.save_devices())?)
 }
 

@@ -106,7 +106,8 @@ impl Throwaway {
         let (sender, events) = mpsc::channel();
         // Nobody listens any more where it cannot be sent.
         let tell = move |event| drop(sender.send(event));
-        let wiring = Wiring { serial_output: Box::new(output.clone()), events: Arc::new(tell) };
+        let wiring =
+            Wiring { serial_output: Box::new(output.clone()), events: Arc::new(tell), attachments: Vec::new() };
         let machine = Machine::assemble(Host::open()?, &config, ram, wiring)?;
         Ok(Self { machine, events, output: output.clone() })
     }

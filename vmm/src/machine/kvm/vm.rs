@@ -8,7 +8,8 @@ use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
     KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::super::boot::layout;
 use super::super::config::ClockPolicy;
@@ -118,6 +119,28 @@ impl Vm {
         Arc::new(Line { vm: Arc::clone(&self.inner), gsi })
     }
 
+    /// As [`Vm::interrupt_line`], for devices that repeat an interrupt after a freeze: `trigger` returns before the edge has reached the
+    /// interrupt controller (an irqfd).
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn interrupt_event(&self, gsi: u32) -> Result<Arc<dyn InterruptLine>, KvmError> {
+        let event = event()?;
+        self.inner.fd.register_irqfd(&event, gsi).doing("joining an event to an interrupt (KVM_IRQFD)")?;
+        Ok(Arc::new(EventLine(event)))
+    }
+
+    /// An event that counts the guest's writes of `value`, 32 bits, to `address`, which then reach no device (an ioeventfd).
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn write_event(&self, address: u64, value: u32) -> Result<EventFd, KvmError> {
+        let event = event()?;
+        let registered = self.inner.fd.register_ioevent(&event, &IoEventAddress::Mmio(address), value);
+        registered.doing("joining an event to an address (KVM_IOEVENTFD)")?;
+        Ok(event)
+    }
+
     /// Reads interrupt controller, timer and clock. vCPUs must be stopped.
     ///
     /// # Errors
@@ -205,5 +228,19 @@ impl InterruptLine for Line {
         };
         set(true)?;
         set(false)
+    }
+}
+
+fn event() -> Result<EventFd, KvmError> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+        .map_err(|source| KvmError::Ioctl { doing: "making an event (eventfd2)", source })
+}
+
+#[derive(Debug)]
+struct EventLine(EventFd);
+
+impl InterruptLine for EventLine {
+    fn trigger(&self) -> std::io::Result<()> {
+        self.0.write(1)
     }
 }

@@ -65,7 +65,8 @@ impl Lab {
             ..VmConfig::default()
         };
         let mut regions = VmRegions::create(&pool, "web", &config).unwrap();
-        let wiring = Wiring { serial_output: Box::new(std::io::sink()), events: Arc::new(|_| ()) };
+        let wiring =
+            Wiring { serial_output: Box::new(std::io::sink()), events: Arc::new(|_| ()), attachments: Vec::new() };
         let mut machine = regions.assemble(Host::open().unwrap(), wiring).unwrap();
         machine.boot().unwrap();
         machine.run().unwrap();
