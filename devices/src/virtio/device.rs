@@ -77,6 +77,11 @@ pub trait VirtioDevice: Send {
         let _ = (offset, data);
     }
 
+    /// Whether its configuration changed by itself since the last call: the driver is told then.
+    fn take_configuration_change(&mut self) -> bool {
+        false
+    }
+
     /// The driver is set up, and uses these features of those offered.
     fn activate(&mut self, features: u64);
 

@@ -127,6 +127,9 @@ impl Engine {
         if let Err(fault) = done {
             self.demand_reset(&fault);
         }
+        if self.device.take_configuration_change() {
+            self.configuration_changed();
+        }
     }
 
     fn demand_reset(&mut self, fault: &Fault) {
@@ -231,7 +234,7 @@ impl Engine {
 
     fn reset(&mut self) {
         self.device.reset();
-        self.rings.iter_mut().for_each(|ring| ring.queue.reset());
+        self.rings.iter_mut().for_each(Ring::reset);
         self.interrupt.set(0);
         self.status = 0;
         self.driver_features = 0;
@@ -377,6 +380,10 @@ impl Engine {
     /// Whether a run of this device can have led to `state`; its rings.
     fn check(&self, state: &VirtioMmioStateV1) -> Result<Vec<Ring>, StateError> {
         const DEVICE: &str = "virtio";
+        let own = self.device.save().kind();
+        if state.device.kind() != own {
+            return Err(StateError::wrong_virtio_device(own, &state.device));
+        }
         let bits = state.status;
         ensure(bits & !status::ALL == 0, DEVICE, "status", || {
             format!("{bits:#04x}, which has bits that there are not")

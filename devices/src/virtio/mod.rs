@@ -27,6 +27,7 @@
 //! Every address is checked by `vm-memory`, a chain of descriptors ends (`virtio-queue` counts), and a ring that makes
 //! no sense makes the device ask for its reset (`DEVICE_NEEDS_RESET`, virtio 1.2 section 2.1.1) and stand still.
 
+mod buffers;
 mod device;
 #[cfg(test)]
 mod driver;
@@ -34,14 +35,17 @@ mod engine;
 mod interrupt;
 mod memory;
 pub mod mmio;
+pub mod net;
 pub mod queue_state;
 mod ring;
 pub mod rng;
 pub mod state;
 
+pub use buffers::{PIECES_MAX, Piece};
 pub use device::{Fault, VirtioDevice, VirtioKind};
 pub use engine::Engine;
 pub use interrupt::Interrupt;
 pub use memory::{DeviceMemory, GuestMemory, Memory};
 pub use mmio::VirtioMmio;
+pub use net::{Mac, Net, Offloads, Tap};
 pub use ring::{Chain, Ring};

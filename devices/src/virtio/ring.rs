@@ -1,8 +1,11 @@
 //! A virtqueue with the memory that it lies in and the interrupt that it raises.
 
+use std::num::Wrapping;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::device::Fault;
 use super::interrupt::Interrupt;
@@ -16,13 +19,18 @@ pub struct Ring {
     pub(super) queue: Queue,
     memory: Memory,
     interrupt: Arc<Interrupt>,
-    /// Something was completed of which the driver was not told.
-    news: bool,
+    /// How many completions there are of which the driver was not told.
+    news: u16,
 }
 
 impl Ring {
     pub(super) fn new(queue: Queue, memory: Memory, interrupt: Arc<Interrupt>) -> Self {
-        Self { queue, memory, interrupt, news: false }
+        Self { queue, memory, interrupt, news: 0 }
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.queue.reset();
+        self.news = 0;
     }
 
     /// The next request, if there is one.
@@ -49,7 +57,34 @@ impl Ring {
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), Fault> {
         let memory = self.memory.clone();
         self.queue.add_used(&*memory, head, written).map_err(Fault::ring)?;
-        self.news = true;
+        self.news = self.news.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Several requests are done, heads and lengths; the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// [`Fault`]: the ring makes no sense.
+    pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), Fault> {
+        let Some(((last, written), others)) = used.split_last() else { return Ok(()) };
+        let (first, memory) = (Wrapping(self.queue.next_used()), self.memory.clone());
+        let mut next = first;
+        for (head, length) in others {
+            if *head >= self.queue.size() {
+                return Err(Fault::ring(virtio_queue::Error::InvalidDescriptorIndex));
+            }
+            // The used ring: flags and index, 2 bytes each; then entries of 8 bytes (section 2.7.8).
+            let at = self.queue.used_ring().checked_add(4 + 8 * u64::from(next.0 % self.queue.size()));
+            let at = at.ok_or_else(|| Fault::ring(virtio_queue::Error::AddressOverflow))?;
+            let entry = u64::from(*head) | u64::from(*length) << 32;
+            let written = memory.write_obj(entry.to_le(), GuestAddress(at));
+            written.map_err(|error| Fault::ring(virtio_queue::Error::GuestMemory(error)))?;
+            next += 1;
+        }
+        // This one publishes the index behind it, and thereby those before.
+        self.queue.set_next_used(next.0);
+        self.queue.add_used(&*memory, *last, *written).map_err(Fault::ring)?;
+        self.news = self.news.wrapping_add((next - first).0).wrapping_add(1);
         Ok(())
     }
 
@@ -58,12 +93,28 @@ impl Ring {
     /// # Errors
     /// [`Fault`]: the ring makes no sense.
     pub fn signal(&mut self) -> Result<(), Fault> {
-        let memory = self.memory.clone();
         let news = std::mem::take(&mut self.news);
-        if news && self.queue.needs_notification(&*memory).map_err(Fault::ring)? {
+        if news > 0 && self.is_awaited(news)? {
             self.interrupt.raise_used();
         }
         Ok(())
+    }
+
+    /// Whether the driver wants to be interrupted for one of the last `news` completions: without `VIRTIO_F_EVENT_IDX` for any, else
+    /// if it asked for one of them (section 2.7.7.2). Not `needs_notification` of the queue, which does not see those that were completed
+    /// together.
+    fn is_awaited(&self, news: u16) -> Result<bool, Fault> {
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // The driver writes its wish and then looks at the index; we wrote the index and now look at the wish.
+        fence(Ordering::SeqCst);
+        let at = self.queue.avail_ring().checked_add(4 + 2 * u64::from(self.queue.size()));
+        let at = at.ok_or_else(|| Fault::ring(virtio_queue::Error::AddressOverflow))?;
+        let wish = self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed);
+        let wish = wish.map_err(|error| Fault::ring(virtio_queue::Error::GuestMemory(error)))?;
+        let behind = Wrapping(self.queue.next_used()) - Wrapping(u16::from_le(wish)) - Wrapping(1);
+        Ok(behind.0 < news)
     }
 
     /// Gives each request that there is to `serve`, also those that come meanwhile, and asks the driver to tell of the next. Whoever takes
@@ -95,6 +146,12 @@ impl Ring {
     #[must_use]
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// How many entries it has.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Whether the driver has set it up.

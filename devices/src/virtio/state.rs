@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use super::net::NetStateV1;
 use super::queue_state::QueueStateV1;
 
 /// The MMIO transport and the device behind it, version 1.
@@ -24,7 +25,8 @@ pub struct VirtioMmioStateV1 {
     pub config_generation: u32,
     /// Each queue.
     pub queues: Vec<QueueStateV1>,
-    /// The device itself.
+    /// The device itself. (`device` is the name of the tag that says which layout all of this has.)
+    #[serde(rename = "behind")]
     pub device: VirtioState,
 }
 
@@ -35,6 +37,9 @@ pub enum VirtioState {
     /// The source of randomness has none.
     #[serde(rename = "rng-v1")]
     Rng,
+    /// A network card.
+    #[serde(rename = "net-v1")]
+    Net(NetStateV1),
 }
 
 impl VirtioState {
@@ -43,6 +48,7 @@ impl VirtioState {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Rng => "virtio-rng",
+            Self::Net(_) => "virtio-net",
         }
     }
 }

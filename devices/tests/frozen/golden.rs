@@ -6,6 +6,9 @@ use devices::DeviceState;
 use devices::state::{
     DebugExitStateV1, KeyboardControllerStateV1, PowerStateV1, ReportStateV1, ResetStateV1, RtcStateV1, SerialStateV1,
 };
+use devices::virtio::net::NetStateV1;
+use devices::virtio::queue_state::QueueStateV1;
+use devices::virtio::state::{VirtioMmioStateV1, VirtioState};
 
 fn check(index: usize, file: &str, expected: &DeviceState) {
     let read: DeviceState = serde_json::from_str(file).unwrap();
@@ -86,6 +89,39 @@ fn debug_exit_v1_reads_and_writes_as_it_always_did() {
 fn report_v1_reads_and_writes_as_it_always_did() {
     let state = ReportStateV1 { latch: u64::MAX - 1, value: u64::MAX, count: 7 };
     check(6, include_str!("../golden/report-v1.json"), &DeviceState::Report(state));
+}
+
+/// A device with queues of these sizes, whose driver is set up and has worked with it.
+fn virtio(sizes: &[u16], driver_features: u64, device: VirtioState) -> DeviceState {
+    let queues = (0..).zip(sizes).map(|(index, size)| QueueStateV1 {
+        max_size: *size,
+        size: size / 2,
+        ready: true,
+        event_idx: true,
+        next_avail: 0xfffe,
+        next_used: 0xfffd,
+        descriptors: 0x4000 * index,
+        available: 0x4000 * index + 0x2000,
+        used: 0x4000 * index + 0x3000,
+    });
+    DeviceState::VirtioMmio(VirtioMmioStateV1 {
+        status: 15,
+        device_features_select: 1,
+        driver_features_select: 1,
+        driver_features: driver_features | 1 << 32 | 1 << 29 | 1 << 28,
+        queue_select: 2,
+        interrupt_status: 1,
+        config_generation: 3,
+        queues: queues.collect(),
+        device,
+    })
+}
+
+#[test]
+fn virtio_net_v1_reads_and_writes_as_it_always_did() {
+    let net = NetStateV1 { mac: "02:0a:5e:10:00:01".parse().unwrap(), announce: true };
+    let state = virtio(&[256, 256, 64], 0x23_bba3, VirtioState::Net(net));
+    check(7, include_str!("../golden/virtio-net-v1.json"), &state);
 }
 
 #[test]

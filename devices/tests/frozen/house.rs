@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use devices::virtio::{DeviceMemory, GuestMemory, Memory, Net, Offloads, Piece, Tap, VirtioDevice, VirtioMmio};
 use devices::{
     DebugExit, Device, GuestMemorySize, InterruptLine, KeyboardController, MachineControl, MachineRequest, Power,
     Report, ResetControl, Rtc, Serial, WallClock,
 };
 use proptest::prelude::*;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// What the devices of a [`House`] see of the world, and what they did to it.
 #[derive(Default)]
@@ -67,6 +69,50 @@ impl MachineControl for Shared {
     }
 }
 
+struct Plain(GuestMemory);
+
+impl DeviceMemory for Plain {
+    fn guest_memory(&self) -> &GuestMemory {
+        &self.0
+    }
+}
+
+/// A tap at which nothing ever comes.
+struct Unplugged;
+
+impl Tap for Unplugged {
+    fn receive(&mut self, _: &[Piece<'_>]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn send(&mut self, _: &[Piece<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn receive_into(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn send_from(&mut self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn mac() -> devices::virtio::Mac {
+    "02:00:5e:10:00:01".parse().unwrap()
+}
+
+/// `device` behind its transport, with 64 KiB of memory.
+fn virtio(id: &str, device: impl VirtioDevice + 'static, world: &Arc<World>) -> Box<dyn Device> {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let line = Arc::new(Shared(Arc::clone(world)));
+    Box::new(VirtioMmio::new(id.to_owned(), Box::new(device), Memory::new(Arc::new(Plain(memory))), line))
+}
+
 /// One of each device.
 pub(crate) struct House {
     pub(crate) world: Arc<World>,
@@ -78,7 +124,7 @@ pub(crate) struct House {
 /// The serial port's index.
 pub(crate) const SERIAL: usize = 0;
 /// How many devices a [`House`] has.
-pub(crate) const DEVICES: usize = 7;
+pub(crate) const DEVICES: usize = 8;
 
 impl House {
     /// All devices after a reset, at `now` nanoseconds since 1970.
@@ -97,6 +143,7 @@ impl House {
                 Box::new(Power::new(Arc::clone(&control))),
                 Box::new(DebugExit::new(control)),
                 Box::new(Report::new()),
+                virtio("net0", Net::new(mac(), Box::new(Unplugged)), &world),
             ],
             world,
         }
@@ -158,7 +205,7 @@ impl House {
 
 /// Mostly registers that exist, at times anything at all.
 fn offset() -> impl Strategy<Value = u64> {
-    prop_oneof![20 => 0..8u64, 2 => 0..0x100u64, 1 => any::<u64>(), 1 => u64::MAX - 16..=u64::MAX]
+    prop_oneof![20 => 0..8u64, 8 => (0..0x60u64).prop_map(|register| register * 4), 2 => 0..0x100u64, 1 => any::<u64>(), 1 => u64::MAX - 16..=u64::MAX]
 }
 
 /// Widths that a bus passes on, and those that it does not.
@@ -166,6 +213,7 @@ fn data() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         8 => any::<u8>().prop_map(|byte| vec![byte]),
         4 => (any::<u8>(), any::<u8>()).prop_map(|(low, high)| vec![low, high]),
+        4 => (0..16u32).prop_map(|value| value.to_le_bytes().to_vec()),
         1 => prop::collection::vec(any::<u8>(), 4),
         1 => prop::collection::vec(any::<u8>(), 8),
         1 => prop::collection::vec(any::<u8>(), 0..20),

@@ -1,0 +1,146 @@
+//! Frames from the host to the driver's buffers.
+
+use std::io;
+
+use super::link::Link;
+use super::{FRAME_MAX, HEADER};
+use crate::virtio::buffers::{self, PIECES_MAX, Posted};
+use crate::virtio::device::Fault;
+use crate::virtio::ring::Ring;
+
+/// Where `num_buffers` lies in a frame's header.
+const NUM_BUFFERS: usize = 10;
+
+/// What there is to be received, and where to.
+///
+/// A frame's length is known when it is there. So it is read straight into the driver's buffers where they have room for the largest, and
+/// into memory of our own, from which it is copied, where they have not.
+#[derive(Default)]
+pub(super) struct Receiver {
+    /// Buffers that were taken from the ring; put back at a freeze.
+    posted: Posted,
+    /// A frame for which the buffers do not suffice.
+    waiting: Option<Vec<u8>>,
+    /// The host may have frames.
+    pub(super) may_be_ready: bool,
+}
+
+impl Receiver {
+    /// Receives up to `budget` frames. Whether there may be more that can be received now.
+    pub(super) fn work(&mut self, link: &mut Link, ring: &mut Ring, merge: bool, budget: usize) -> Result<bool, Fault> {
+        for _ in 0..budget {
+            if let Some(frame) = self.waiting.take() {
+                if !self.place(ring, merge, &frame)? {
+                    self.waiting = Some(frame);
+                    return Ok(false);
+                }
+                continue;
+            }
+            if !self.may_be_ready || !self.provide(ring, merge, 1)? {
+                return Ok(false);
+            }
+            match self.receive(link, ring, merge) {
+                Ok(delivered) => delivered?,
+                Err(error) => self.may_be_ready = link.goes_on_after("receive", &error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Receives one frame.
+    fn receive(&mut self, link: &mut Link, ring: &mut Ring, merge: bool) -> io::Result<Result<(), Fault>> {
+        let memory = ring.memory().clone();
+        let room = self.room(merge);
+        if room >= FRAME_MAX
+            && let Some(pieces) = buffers::pieces(&memory, self.posted.segments(), FRAME_MAX)
+        {
+            let length = link.tap.receive(&pieces)?;
+            return Ok(self.deliver(ring, length));
+        }
+        let mut frame = vec![0; FRAME_MAX];
+        let length = link.tap.receive_into(&mut frame)?;
+        frame.truncate(length);
+        // What is no frame is gone.
+        self.waiting = (length >= HEADER).then_some(frame);
+        Ok(Ok(()))
+    }
+
+    /// Copies `frame` to the driver's buffers. Whether it is done with: a frame that can never have room is dropped.
+    fn place(&mut self, ring: &mut Ring, merge: bool, frame: &[u8]) -> Result<bool, Fault> {
+        if !self.provide(ring, merge, frame.len())? {
+            // All that the driver can offer is not enough.
+            let never = !merge && self.posted.len() > 0 || self.posted.len() >= ring.size().into();
+            return Ok(never);
+        }
+        let memory = ring.memory().clone();
+        if buffers::scatter(&memory, self.posted.segments(), 0, frame) < frame.len() {
+            // A buffer outside of the memory: the driver gets it back, empty, and the frame is lost.
+            self.give_back(ring)?;
+            return Ok(true);
+        }
+        self.deliver(ring, frame.len())?;
+        Ok(true)
+    }
+
+    /// Hands over a frame of `length` bytes that lies in the first buffers.
+    fn deliver(&mut self, ring: &mut Ring, length: usize) -> Result<(), Fault> {
+        if length < HEADER || length > self.posted.room() {
+            return Ok(());
+        }
+        let (used, memory) = (self.posted.first(length), ring.memory().clone());
+        let count = u16::try_from(used.len()).unwrap_or(u16::MAX);
+        buffers::scatter(&memory, self.posted.segments(), NUM_BUFFERS, &count.to_le_bytes());
+        for _ in &used {
+            self.posted.pop();
+        }
+        ring.complete_together(&used)
+    }
+
+    /// The first buffer goes back to the driver, empty.
+    fn give_back(&mut self, ring: &mut Ring) -> Result<(), Fault> {
+        self.posted.pop().map_or(Ok(()), |head| ring.complete(head, 0))
+    }
+
+    /// Takes buffers from the ring: with `merge` as many as the largest frame needs, else one. Whether `needed` bytes have room now; if
+    /// not, the driver will tell of more.
+    fn provide(&mut self, ring: &mut Ring, merge: bool, needed: usize) -> Result<bool, Fault> {
+        loop {
+            while self.wants_more(merge) {
+                let Some(chain) = ring.pop()? else { break };
+                self.posted.push(chain, FRAME_MAX);
+            }
+            if self.room(merge) >= needed {
+                return Ok(true);
+            }
+            if !merge && self.posted.len() > 0 && self.posted.room() == 0 {
+                // Or it would stand in the way for ever.
+                self.give_back(ring)?;
+                continue;
+            }
+            if !self.wants_more(merge) || !ring.listen()? {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// How many bytes of a frame have room now.
+    fn room(&self, merge: bool) -> usize {
+        if merge { self.posted.room() } else { self.posted.first_room() }
+    }
+
+    fn wants_more(&self, merge: bool) -> bool {
+        if merge { self.posted.room() < FRAME_MAX && self.posted.len() < PIECES_MAX } else { self.posted.len() == 0 }
+    }
+
+    /// Puts the buffers back into the ring: what was taken and not used is as if it had not been taken.
+    pub(super) fn put_back(&mut self, ring: &mut Ring) {
+        (0..self.posted.clear()).for_each(|_| ring.put_back());
+    }
+
+    /// Forgets the driver and what was to go to it.
+    pub(super) fn reset(&mut self) {
+        let Self { posted, waiting, may_be_ready: _ } = self;
+        posted.clear();
+        *waiting = None;
+    }
+}
