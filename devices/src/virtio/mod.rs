@@ -40,6 +40,7 @@ pub mod queue_state;
 mod ring;
 pub mod rng;
 pub mod state;
+pub mod vsock;
 
 pub use buffers::{PIECES_MAX, Piece};
 pub use device::{Fault, VirtioDevice, VirtioKind};
@@ -49,3 +50,4 @@ pub use memory::{DeviceMemory, GuestMemory, Memory};
 pub use mmio::VirtioMmio;
 pub use net::{Mac, Net, Offloads, Tap};
 pub use ring::{Chain, Ring};
+pub use vsock::{Cid, Vsock, VsockHost};

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::net::NetStateV1;
 use super::queue_state::QueueStateV1;
+pub use super::vsock::VsockStateV1;
 
 /// The MMIO transport and the device behind it, version 1.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
@@ -40,6 +41,9 @@ pub enum VirtioState {
     /// A network card.
     #[serde(rename = "net-v1")]
     Net(NetStateV1),
+    /// Sockets between guest and host.
+    #[serde(rename = "vsock-v1")]
+    Vsock(VsockStateV1),
 }
 
 impl VirtioState {
@@ -49,6 +53,7 @@ impl VirtioState {
         match self {
             Self::Rng => "virtio-rng",
             Self::Net(_) => "virtio-net",
+            Self::Vsock(_) => "virtio-vsock",
         }
     }
 }

@@ -99,5 +99,8 @@ fn every_device_has_an_id_of_its_own() {
     let mut house = House::new(0);
     let mut ids: Vec<_> = (0..DEVICES).map(|index| house.device(index).id().to_owned()).collect();
     ids.sort_unstable();
-    assert_eq!(ids, ["debug-exit", "keyboard-controller", "net0", "power", "report", "reset", "rtc", "serial0"]);
+    assert_eq!(
+        ids,
+        ["debug-exit", "keyboard-controller", "net0", "power", "report", "reset", "rtc", "serial0", "vsock"]
+    );
 }

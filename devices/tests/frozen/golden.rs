@@ -9,6 +9,7 @@ use devices::state::{
 use devices::virtio::net::NetStateV1;
 use devices::virtio::queue_state::QueueStateV1;
 use devices::virtio::state::{VirtioMmioStateV1, VirtioState};
+use devices::virtio::vsock::VsockStateV1;
 
 fn check(index: usize, file: &str, expected: &DeviceState) {
     let read: DeviceState = serde_json::from_str(file).unwrap();
@@ -122,6 +123,13 @@ fn virtio_net_v1_reads_and_writes_as_it_always_did() {
     let net = NetStateV1 { mac: "02:0a:5e:10:00:01".parse().unwrap(), announce: true };
     let state = virtio(&[256, 256, 64], 0x23_bba3, VirtioState::Net(net));
     check(7, include_str!("../golden/virtio-net-v1.json"), &state);
+}
+
+#[test]
+fn virtio_vsock_v1_reads_and_writes_as_it_always_did() {
+    let vsock = VsockStateV1 { cid: 4_294_967_294, transport_reset: true };
+    let state = virtio(&[256, 256, 16], 0, VirtioState::Vsock(vsock));
+    check(8, include_str!("../golden/virtio-vsock-v1.json"), &state);
 }
 
 #[test]

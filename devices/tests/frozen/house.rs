@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use devices::virtio::{DeviceMemory, GuestMemory, Memory, Net, Offloads, Piece, Tap, VirtioDevice, VirtioMmio};
+use devices::virtio::vsock::{Change, Cid, StreamId};
+use devices::virtio::{
+    DeviceMemory, GuestMemory, Memory, Net, Offloads, Piece, Tap, VirtioDevice, VirtioMmio, Vsock, VsockHost,
+};
 use devices::{
     DebugExit, Device, GuestMemorySize, InterruptLine, KeyboardController, MachineControl, MachineRequest, Power,
     Report, ResetControl, Rtc, Serial, WallClock,
@@ -77,7 +80,7 @@ impl DeviceMemory for Plain {
     }
 }
 
-/// A tap at which nothing ever comes.
+/// A tap and sockets at which nothing ever comes.
 struct Unplugged;
 
 impl Tap for Unplugged {
@@ -102,6 +105,36 @@ impl Tap for Unplugged {
     }
 }
 
+impl VsockHost for Unplugged {
+    fn changes(&mut self, _: &mut Vec<Change>) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn accept(&mut self) -> io::Result<StreamId> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn connect(&mut self, _: u32) -> io::Result<StreamId> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    fn read(&mut self, _: StreamId, _: &mut [u8]) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    fn write(&mut self, _: StreamId, bytes: &[u8]) -> io::Result<usize> {
+        Ok(bytes.len())
+    }
+
+    fn finish(&mut self, _: StreamId) {}
+
+    fn close(&mut self, _: StreamId) {}
+}
+
+fn cid() -> Cid {
+    Cid::new(3).unwrap()
+}
+
 fn mac() -> devices::virtio::Mac {
     "02:00:5e:10:00:01".parse().unwrap()
 }
@@ -124,7 +157,7 @@ pub(crate) struct House {
 /// The serial port's index.
 pub(crate) const SERIAL: usize = 0;
 /// How many devices a [`House`] has.
-pub(crate) const DEVICES: usize = 8;
+pub(crate) const DEVICES: usize = 9;
 
 impl House {
     /// All devices after a reset, at `now` nanoseconds since 1970.
@@ -144,6 +177,7 @@ impl House {
                 Box::new(DebugExit::new(control)),
                 Box::new(Report::new()),
                 virtio("net0", Net::new(mac(), Box::new(Unplugged)), &world),
+                virtio("vsock", Vsock::new(cid(), Box::new(Unplugged)), &world),
             ],
             world,
         }
