@@ -27,6 +27,7 @@
 //! Every address is checked by `vm-memory`, a chain of descriptors ends (`virtio-queue` counts), and a ring that makes
 //! no sense makes the device ask for its reset (`DEVICE_NEEDS_RESET`, virtio 1.2 section 2.1.1) and stand still.
 
+pub mod balloon;
 mod buffers;
 mod device;
 #[cfg(test)]
@@ -42,6 +43,7 @@ pub mod rng;
 pub mod state;
 pub mod vsock;
 
+pub use balloon::{Balloon, BalloonSize, Reclaim};
 pub use buffers::{PIECES_MAX, Piece};
 pub use device::{Fault, VirtioDevice, VirtioKind};
 pub use engine::Engine;

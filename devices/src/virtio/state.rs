@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use super::balloon::BalloonStateV1;
 pub use super::net::NetStateV1;
 use super::queue_state::QueueStateV1;
 pub use super::vsock::VsockStateV1;
@@ -44,6 +45,9 @@ pub enum VirtioState {
     /// Sockets between guest and host.
     #[serde(rename = "vsock-v1")]
     Vsock(VsockStateV1),
+    /// A memory balloon.
+    #[serde(rename = "balloon-v1")]
+    Balloon(BalloonStateV1),
 }
 
 impl VirtioState {
@@ -54,6 +58,7 @@ impl VirtioState {
             Self::Rng => "virtio-rng",
             Self::Net(_) => "virtio-net",
             Self::Vsock(_) => "virtio-vsock",
+            Self::Balloon(_) => "virtio-balloon",
         }
     }
 }

@@ -6,6 +6,7 @@ use devices::DeviceState;
 use devices::state::{
     DebugExitStateV1, KeyboardControllerStateV1, PowerStateV1, ReportStateV1, ResetStateV1, RtcStateV1, SerialStateV1,
 };
+use devices::virtio::balloon::BalloonStateV1;
 use devices::virtio::net::NetStateV1;
 use devices::virtio::queue_state::QueueStateV1;
 use devices::virtio::state::{VirtioMmioStateV1, VirtioState};
@@ -130,6 +131,13 @@ fn virtio_vsock_v1_reads_and_writes_as_it_always_did() {
     let vsock = VsockStateV1 { cid: 4_294_967_294, transport_reset: true };
     let state = virtio(&[256, 256, 16], 0, VirtioState::Vsock(vsock));
     check(8, include_str!("../golden/virtio-vsock-v1.json"), &state);
+}
+
+#[test]
+fn virtio_balloon_v1_reads_and_writes_as_it_always_did() {
+    let balloon = BalloonStateV1 { target: 0xffff_ffff, actual: 0x1_0000 };
+    let state = virtio(&[128, 128, 128], 0x24, VirtioState::Balloon(balloon));
+    check(9, include_str!("../golden/virtio-balloon-v1.json"), &state);
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use devices::virtio::vsock::{Change, Cid, StreamId};
 use devices::virtio::{
-    DeviceMemory, GuestMemory, Memory, Net, Offloads, Piece, Tap, VirtioDevice, VirtioMmio, Vsock, VsockHost,
+    Balloon, BalloonSize, DeviceMemory, GuestMemory, Memory, Net, Offloads, Piece, Reclaim, Tap, VirtioDevice,
+    VirtioMmio, Vsock, VsockHost,
 };
 use devices::{
     DebugExit, Device, GuestMemorySize, InterruptLine, KeyboardController, MachineControl, MachineRequest, Power,
@@ -131,6 +132,10 @@ impl VsockHost for Unplugged {
     fn close(&mut self, _: StreamId) {}
 }
 
+impl Reclaim for Unplugged {
+    fn reclaim(&mut self, _: GuestAddress, _: u64) {}
+}
+
 fn cid() -> Cid {
     Cid::new(3).unwrap()
 }
@@ -157,7 +162,7 @@ pub(crate) struct House {
 /// The serial port's index.
 pub(crate) const SERIAL: usize = 0;
 /// How many devices a [`House`] has.
-pub(crate) const DEVICES: usize = 9;
+pub(crate) const DEVICES: usize = 10;
 
 impl House {
     /// All devices after a reset, at `now` nanoseconds since 1970.
@@ -178,6 +183,7 @@ impl House {
                 Box::new(Report::new()),
                 virtio("net0", Net::new(mac(), Box::new(Unplugged)), &world),
                 virtio("vsock", Vsock::new(cid(), Box::new(Unplugged)), &world),
+                virtio("balloon", Balloon::new(BalloonSize::default(), Box::new(Unplugged)), &world),
             ],
             world,
         }

@@ -46,8 +46,8 @@ mod tests {
 
     fn say(text: &str) -> Step {
         let mut handshake = Handshake::default();
-        let steps = text.bytes().map(|byte| handshake.push(byte));
-        steps.skip_while(|step| *step == Step::More).next().unwrap_or(Step::More)
+        let mut steps = text.bytes().map(|byte| handshake.push(byte));
+        steps.find(|step| *step != Step::More).unwrap_or(Step::More)
     }
 
     #[test]
