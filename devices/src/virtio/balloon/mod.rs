@@ -168,20 +168,16 @@ impl VirtioDevice for Balloon {
     fn notified(&mut self, queue: usize, rings: &mut [Ring]) -> Result<(), Fault> {
         let Some(ring) = rings.get_mut(queue) else { return Ok(()) };
         let memory = ring.memory().clone();
-        loop {
-            while let Some(chain) = ring.pop()? {
-                let head = chain.head_index();
-                match queue {
-                    INFLATE => self.inflate(&memory, chain),
-                    REPORTING => self.report(&memory, chain),
-                    _ => {}
-                }
-                ring.complete(head, 0)?;
+        ring.drain(|ring, chain| {
+            let head = chain.head_index();
+            match queue {
+                INFLATE => self.inflate(&memory, chain),
+                REPORTING => self.report(&memory, chain),
+                _ => {}
             }
-            if !ring.listen()? {
-                return ring.signal();
-            }
-        }
+            ring.complete(head, 0)
+        })?;
+        ring.signal()
     }
 
     fn ready(&mut self, _: usize, _: &mut [Ring]) -> Result<(), Fault> {
