@@ -43,6 +43,7 @@ pub mod rtc;
 pub mod serial;
 pub mod state;
 pub mod virtio;
+pub mod vmgenid;
 
 pub use debug_exit::DebugExit;
 pub use device::{BusDevice, Device, Freezable, OPEN_BUS};
@@ -54,3 +55,4 @@ pub use reset::{KeyboardController, ResetControl};
 pub use rtc::{ClockPolicy, GuestMemorySize, Rtc, WallClock};
 pub use serial::Serial;
 pub use state::{DeviceState, StateError};
+pub use vmgenid::VmGenId;

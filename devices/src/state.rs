@@ -10,6 +10,7 @@ pub use crate::reset::{KeyboardControllerStateV1, ResetStateV1};
 pub use crate::rtc::RtcStateV1;
 pub use crate::serial::SerialStateV1;
 pub use crate::virtio::state::{VirtioMmioStateV1, VirtioState};
+pub use crate::vmgenid::VmGenIdStateV1;
 
 /// What one device was when it was frozen.
 ///
@@ -42,6 +43,9 @@ pub enum DeviceState {
     /// A virtio device.
     #[serde(rename = "virtio-mmio-v1")]
     VirtioMmio(VirtioMmioStateV1),
+    /// The VM generation ID.
+    #[serde(rename = "vmgenid-v1")]
+    VmGenId(VmGenIdStateV1),
     /// A device that has no state: declared, not forgotten.
     #[serde(rename = "stateless")]
     Stateless,
@@ -59,6 +63,7 @@ impl DeviceState {
             Self::DebugExit(_) => "debug-exit",
             Self::Report(_) => "report",
             Self::VirtioMmio(state) => state.device.kind(),
+            Self::VmGenId(_) => "vmgenid",
             Self::Stateless => "stateless",
         }
     }

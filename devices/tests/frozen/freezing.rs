@@ -101,6 +101,19 @@ fn every_device_has_an_id_of_its_own() {
     ids.sort_unstable();
     assert_eq!(
         ids,
-        ["balloon", "debug-exit", "keyboard-controller", "net0", "power", "report", "reset", "rtc", "serial0", "vsock"]
+        [
+            "balloon",
+            "debug-exit",
+            "keyboard-controller",
+            "net0",
+            "power",
+            "report",
+            "reset",
+            "rng",
+            "rtc",
+            "serial0",
+            "vmgenid",
+            "vsock"
+        ]
     );
 }

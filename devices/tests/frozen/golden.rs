@@ -5,6 +5,7 @@ use crate::house::House;
 use devices::DeviceState;
 use devices::state::{
     DebugExitStateV1, KeyboardControllerStateV1, PowerStateV1, ReportStateV1, ResetStateV1, RtcStateV1, SerialStateV1,
+    VmGenIdStateV1,
 };
 use devices::virtio::balloon::BalloonStateV1;
 use devices::virtio::net::NetStateV1;
@@ -138,6 +139,17 @@ fn virtio_balloon_v1_reads_and_writes_as_it_always_did() {
     let balloon = BalloonStateV1 { target: 0xffff_ffff, actual: 0x1_0000 };
     let state = virtio(&[128, 128, 128], 0x24, VirtioState::Balloon(balloon));
     check(9, include_str!("../golden/virtio-balloon-v1.json"), &state);
+}
+
+#[test]
+fn virtio_rng_v1_reads_and_writes_as_it_always_did() {
+    check(10, include_str!("../golden/virtio-rng-v1.json"), &virtio(&[64], 0, VirtioState::Rng));
+}
+
+#[test]
+fn vmgenid_v1_reads_and_writes_as_it_always_did() {
+    let state = VmGenIdStateV1 { id: (1..17).collect(), changed: true };
+    check(11, include_str!("../golden/vmgenid-v1.json"), &DeviceState::VmGenId(state));
 }
 
 #[test]

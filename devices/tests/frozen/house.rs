@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use devices::virtio::rng::{Entropy, Rng};
 use devices::virtio::vsock::{Change, Cid, StreamId};
 use devices::virtio::{
     Balloon, BalloonSize, DeviceMemory, GuestMemory, Memory, Net, Offloads, Piece, Reclaim, Tap, VirtioDevice,
@@ -12,7 +13,7 @@ use devices::virtio::{
 };
 use devices::{
     DebugExit, Device, GuestMemorySize, InterruptLine, KeyboardController, MachineControl, MachineRequest, Power,
-    Report, ResetControl, Rtc, Serial, WallClock,
+    Report, ResetControl, Rtc, Serial, VmGenId, WallClock,
 };
 use proptest::prelude::*;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -132,6 +133,13 @@ impl VsockHost for Unplugged {
     fn close(&mut self, _: StreamId) {}
 }
 
+impl Entropy for Unplugged {
+    fn fill(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        bytes.fill(4);
+        Ok(())
+    }
+}
+
 impl Reclaim for Unplugged {
     fn reclaim(&mut self, _: GuestAddress, _: u64) {}
 }
@@ -151,6 +159,12 @@ fn virtio(id: &str, device: impl VirtioDevice + 'static, world: &Arc<World>) -> 
     Box::new(VirtioMmio::new(id.to_owned(), Box::new(device), Memory::new(Arc::new(Plain(memory))), line))
 }
 
+fn generation_id(world: &Arc<World>) -> Box<dyn Device> {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+    let line = Arc::new(Shared(Arc::clone(world)));
+    Box::new(VmGenId::new([7; 16], Memory::new(Arc::new(Plain(memory))), 0x100, line))
+}
+
 /// One of each device.
 pub(crate) struct House {
     pub(crate) world: Arc<World>,
@@ -162,7 +176,7 @@ pub(crate) struct House {
 /// The serial port's index.
 pub(crate) const SERIAL: usize = 0;
 /// How many devices a [`House`] has.
-pub(crate) const DEVICES: usize = 10;
+pub(crate) const DEVICES: usize = 12;
 
 impl House {
     /// All devices after a reset, at `now` nanoseconds since 1970.
@@ -184,6 +198,8 @@ impl House {
                 virtio("net0", Net::new(mac(), Box::new(Unplugged)), &world),
                 virtio("vsock", Vsock::new(cid(), Box::new(Unplugged)), &world),
                 virtio("balloon", Balloon::new(BalloonSize::default(), Box::new(Unplugged)), &world),
+                virtio("rng", Rng::new(Box::new(Unplugged)), &world),
+                generation_id(&world),
             ],
             world,
         }

@@ -7,15 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use devices::ports as at;
-use devices::virtio::Fault;
+use devices::virtio::{Fault, Memory};
 use devices::{
     DebugExit, Device, DeviceState, GuestMemorySize, KeyboardController, MachineControl, MachineRequest, Power, Report,
-    ReportHandle, ResetControl, Rtc, Serial, StateError, WallClock,
+    ReportHandle, ResetControl, Rtc, Serial, StateError, VmGenId, WallClock,
 };
 
-use super::boot::layout::{MMIO_GAP_END, MMIO_GAP_START};
+use super::boot::events::GENERATION_GSI;
+use super::boot::layout::{MMIO_GAP_END, MMIO_GAP_START, VM_GENERATION_ID};
 use super::bus::{Buses, Overlap, SharedDevice};
 use super::config::ClockPolicy;
+use super::entropy;
 use super::kvm::vm::Outage;
 use super::kvm::{KvmError, Vm};
 use super::memory::GuestRam;
@@ -24,6 +26,9 @@ use super::{MachineEvent, MachineEvents};
 
 /// The serial port's interrupt.
 pub const SERIAL_IRQ: u32 = at::SERIAL0_IRQ;
+
+/// Devices that machines of earlier releases did not have: their guests were not told of them, and go on without.
+const SINCE_VERSION_1: [&str; 1] = ["vmgenid"];
 
 /// What can go wrong with devices.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +51,9 @@ pub enum DeviceError {
     /// KVM does not join a device to the guest.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The VM generation ID.
+    #[error("cannot give the guest a VM generation ID")]
+    GenerationId(#[source] std::io::Error),
     /// More virtio devices than there are interrupts for.
     #[error("a VM has at most {most} virtio devices")]
     TooMany {
@@ -86,6 +94,7 @@ pub struct Devices {
     rtc: Arc<Mutex<Rtc>>,
     serial: Arc<Mutex<Serial>>,
     report: ReportHandle,
+    generation_id: Arc<Mutex<VmGenId>>,
     all: Vec<SharedDevice>,
     virtio: Vec<Placed>,
 }
@@ -143,9 +152,20 @@ impl Devices {
         let virtio = attachments.into_iter().enumerate();
         let virtio = virtio.map(|(number, attachment)| virtio::place(vm, ram, &mut buses, number, attachment));
         let virtio = virtio.collect::<Result<Vec<_>, _>>()?;
+        let generation_id = Arc::new(Mutex::new(generation_id(vm, ram)?));
         let ports = placed.into_iter().map(|(_, _, device)| device);
-        let all = ports.chain(virtio.iter().map(|placed| Arc::clone(&placed.device))).collect();
-        Ok((Self { rtc, serial, report: handle, all, virtio }, buses))
+        let all = ports.chain([Arc::clone(&generation_id) as SharedDevice]);
+        let all = all.chain(virtio.iter().map(|placed| Arc::clone(&placed.device))).collect();
+        Ok((Self { rtc, serial, report: handle, generation_id, all, virtio }, buses))
+    }
+
+    /// Shows a guest that is about to boot its VM generation ID.
+    ///
+    /// # Errors
+    /// [`DeviceError::GenerationId`].
+    pub(super) fn show_generation_id(&self) -> Result<(), DeviceError> {
+        let shown = self.generation_id.lock().unwrap_or_else(PoisonError::into_inner).show();
+        shown.map_err(|error| DeviceError::GenerationId(std::io::Error::other(error)))
     }
 
     /// What the DSDT says of them.
@@ -183,8 +203,11 @@ impl Devices {
         let mut claimed = 0;
         for device in &self.all {
             let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            let state = states.get(device.id()).ok_or_else(|| DeviceError::Missing(device.id().to_owned()))?;
-            device.restore(state)?;
+            match states.get(device.id()) {
+                Some(state) => device.restore(state)?,
+                None if SINCE_VERSION_1.contains(&device.id()) => continue,
+                None => return Err(DeviceError::Missing(device.id().to_owned())),
+            }
             claimed += 1;
         }
         if claimed < states.len() {
@@ -219,6 +242,12 @@ impl Devices {
     pub fn report(&self) -> &ReportHandle {
         &self.report
     }
+}
+
+fn generation_id(vm: &Vm, ram: &Arc<GuestRam>) -> Result<VmGenId, DeviceError> {
+    let id = entropy::unique().map_err(DeviceError::GenerationId)?;
+    let memory = Memory::new(Arc::clone(ram) as Arc<_>);
+    Ok(VmGenId::new(id, memory, VM_GENERATION_ID, vm.interrupt_line(GENERATION_GSI)))
 }
 
 fn shared(device: impl Device + 'static) -> SharedDevice {

@@ -17,6 +17,7 @@ pub mod bus;
 pub mod config;
 pub mod devices;
 pub mod dirty;
+pub mod entropy;
 pub mod kvm;
 pub mod memory;
 pub mod time;
@@ -34,6 +35,7 @@ use acpi_tables::Aml;
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use boot::events::POWER_BUTTON_GSI;
 use boot::{BootError, BootSpec, Entry, KernelSource};
 use bus::Buses;
 use config::{Kernel, VmConfig};
@@ -77,6 +79,23 @@ pub struct MachineStateV1 {
     pub vcpus: Vec<VcpuStateV1>,
     /// Interrupt controller, timer, clock.
     pub vm: VmStateV1,
+}
+
+impl MachineStateV1 {
+    /// The VM goes back in time, or becomes another one: its guest is to know when it runs again. A guest that was booted without a VM
+    /// generation ID does not.
+    ///
+    /// # Errors
+    /// There are no random numbers.
+    pub fn renew_generation_id(&mut self) -> std::io::Result<()> {
+        for state in self.devices.values_mut() {
+            if let DeviceState::VmGenId(state) = state {
+                state.id = entropy::unique()?.to_vec();
+                state.changed = true;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What can go wrong with a machine.
@@ -159,6 +178,7 @@ impl Machine {
     /// [`MachineError`].
     pub fn boot(&mut self) -> Result<(), MachineError> {
         let entry = self.load_kernel()?;
+        self.devices.show_generation_id()?;
         let supported = self.host.supported_cpuid()?;
         let fds = self.create_vcpus()?;
         for (index, fd) in (0..).zip(&fds) {
@@ -310,6 +330,19 @@ impl Machine {
     /// Lets devices deliver what was on its way at a freeze. Before [`Machine::run`].
     pub fn thaw_devices(&self) {
         self.devices.thaw();
+    }
+
+    /// Presses the power button. `false`: the guest does not listen to it, so nothing was done.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn press_power_button(&self) -> Result<bool, MachineError> {
+        if self.vm.is_masked(POWER_BUTTON_GSI)? {
+            return Ok(false);
+        }
+        let pressed = self.vm.interrupt_line(POWER_BUTTON_GSI).trigger();
+        pressed.map_err(|source| KvmError::Ioctl { doing: "pressing the power button (KVM_IRQ_LINE)", source })?;
+        Ok(true)
     }
 
     /// Its devices, for the supervisor: serial input, reports.

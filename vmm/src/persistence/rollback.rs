@@ -92,6 +92,9 @@ pub enum RollbackError {
         #[source]
         source: MemoryIoError,
     },
+    /// The system has no random numbers.
+    #[error("cannot draw a VM generation ID: the system gives no random numbers")]
+    Random(#[source] io::Error),
     /// The regions.
     #[error(transparent)]
     Regions(#[from] RegionsError),
@@ -275,6 +278,7 @@ pub fn restore(
         let ours = |base: &Generation| before.as_ref().is_some_and(|before| before.generation == base.id.to_string());
         let nothing_yet =
             |base: &Generation| RestoringV1::nothing_yet(&base.id, !base.protected || ours(base), memory.0, geometry);
+        frozen.machine.renew_generation_id().map_err(RollbackError::Random)?;
         frozen.paged = paged;
         frozen.restoring = base.as_ref().map(nothing_yet);
     }

@@ -54,6 +54,8 @@ pub enum Request {
     Pause,
     /// Let its vCPUs run on.
     Unpause,
+    /// Press the power button: the guest is to turn itself off. Refused if it does not listen.
+    PressPowerButton,
     /// Turn the VM off, as if its power button were held.
     Stop,
     /// Join this connection to the serial line.

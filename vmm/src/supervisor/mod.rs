@@ -448,6 +448,8 @@ impl Supervisor {
             }
             Request::Pause => self.set_paused(true)?,
             Request::Unpause => self.set_paused(false)?,
+            Request::PressPowerButton if self.machine.press_power_button()? => Response::Done,
+            Request::PressPowerButton => Response::Refused { why: "nobody listens to its power button".to_owned() },
             Request::Stop => {
                 ended = Some(self.end(Ended::Stopped)?);
                 Response::Done

@@ -94,7 +94,6 @@ impl VirtioDevice for Rng {
     fn restore(&mut self, state: &VirtioState, _: u64) -> Result<(), StateError> {
         match state {
             VirtioState::Rng => Ok(()),
-            #[expect(unreachable_patterns, reason = "the first device")]
             other => Err(StateError::wrong_virtio_device(DEVICE, other)),
         }
     }

@@ -1,7 +1,7 @@
 //! ACPI tables for a hardware-reduced platform (ACPI 6.5).
 //!
 //! ```text
-//!   RSDP ─► XSDT ─┬─► FADT ─► DSDT: \_S5, CPUs, COM1, RTC, and what the machine adds
+//!   RSDP ─► XSDT ─┬─► FADT ─► DSDT: \_S5, CPUs, COM1, RTC, events, and what the machine adds
 //!                 └─► MADT: local APICs, the I/O APIC
 //! ```
 //!
@@ -19,6 +19,7 @@ use acpi_tables::{Aml, aml};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::BootSpec;
+use super::events::Events;
 use super::layout::{ACPI_END, ACPI_START, IOAPIC, LAPIC};
 
 /// Sleep control register, a byte: `SLP_EN` is bit 5, `SLP_TYP` bits 2–4.
@@ -204,6 +205,7 @@ fn dsdt(spec: &BootSpec<'_>) -> Sdt {
         devices.extend(isa_device("COM1", "PNP0501", COM1_PORT, 8, Some(irq)));
     }
     devices.extend(isa_device("RTC_", "PNP0B00", RTC_PORT, 2, spec.rtc_irq));
+    devices.extend(encode(&Events));
     for device in spec.acpi_devices {
         device.to_aml_bytes(&mut devices);
     }

@@ -9,6 +9,7 @@
 //!   0x0002_0000  kernel command line
 //!   0x0009_fc00  end of conventional memory (EBDA, VGA hole)
 //!   0x000e_0000  ACPI tables, the RSDP first
+//!   0x000f_f000  VM generation ID
 //!   0x000f_fff0  where a BIOS would begin: code that resets the machine
 //!   0x0010_0000  kernel; initrd at the top of low RAM
 //!   0xc000_0000  gap: MMIO, APICs, KVM's own pages
@@ -42,6 +43,8 @@ pub const EBDA_START: u64 = 0x9_fc00;
 pub const ACPI_START: u64 = 0xe_0000;
 /// First byte behind the area for ACPI tables.
 pub const ACPI_END: u64 = 0xf_f000;
+/// The VM generation ID, 16 bytes in a page that the memory map reserves.
+pub const VM_GENERATION_ID: u64 = 0xf_f000;
 /// Where a BIOS has its entry, 0xf000:0xfff0 in real mode; see [`RESET_CODE`](super::RESET_CODE).
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where a kernel may begin: everything below 1 MiB is ours or the platform's.
@@ -114,6 +117,7 @@ mod tests {
             (CMDLINE, CMDLINE_CAPACITY),
             (EBDA_START, 0),
             (ACPI_START, ACPI_END - ACPI_START),
+            (VM_GENERATION_ID, 16),
             (RESET_VECTOR, 16),
             (HIGH_RAM_START, 0),
         ];

@@ -24,6 +24,7 @@ pub mod acpi;
 mod boot_params;
 mod bzimage;
 mod elf;
+pub mod events;
 mod initrd;
 mod kernel;
 pub mod layout;

@@ -141,6 +141,21 @@ impl Vm {
         Ok(event)
     }
 
+    /// Whether the guest has interrupt `gsi` masked at the I/O APIC, as it is where nobody listens to it.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn is_masked(&self, gsi: u32) -> Result<bool, KvmError> {
+        const MASKED: u64 = 1 << 16;
+        let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+        self.inner.fd.get_irqchip(&mut chip).doing("reading the interrupt controller (KVM_GET_IRQCHIP)")?;
+        // SAFETY: KVM has filled in the I/O APIC's part of the union, as asked; any bits are valid for it.
+        let pins = unsafe { chip.chip.ioapic }.redirtbl;
+        let pin = usize::try_from(gsi).ok().and_then(|gsi| pins.get(gsi).copied());
+        // SAFETY: both parts of this union are plain 64 bits.
+        Ok(pin.is_none_or(|pin| unsafe { pin.bits } & MASKED != 0))
+    }
+
     /// Reads interrupt controller, timer and clock. vCPUs must be stopped.
     ///
     /// # Errors

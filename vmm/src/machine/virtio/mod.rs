@@ -4,7 +4,6 @@
 //! guest of both ([`AcpiNode`]). Numbers follow the order of the VM's configuration, so that a device is at the same place after a resume.
 
 mod acpi;
-mod entropy;
 mod thread;
 
 use std::os::fd::OwnedFd;
@@ -19,13 +18,14 @@ use super::boot::layout::VIRTIO_MMIO_START;
 use super::bus::{Buses, SharedDevice};
 use super::config::VmConfig;
 use super::devices::DeviceError;
+use super::entropy::HostEntropy;
 use super::kvm::Vm;
 use super::memory::GuestRam;
 pub(super) use acpi::AcpiNode;
 use thread::DeviceThread;
 
 /// The pins of the I/O APIC that nothing else uses: not the timers' (0, 2), the keyboard's (1), serial ports' (3, 4), the clock's (8), nor
-/// the SCI's usual one (9).
+/// those of [`super::boot::events`] (9, 23).
 pub const GSIS: [u32; 16] = [5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22];
 
 /// A device that is to be joined to a machine.
@@ -40,7 +40,7 @@ pub struct Attachment {
 
 /// The source of randomness.
 fn rng() -> Attachment {
-    Attachment { id: "rng".to_owned(), device: Box::new(Rng::new(Box::new(entropy::HostEntropy))), sources: Vec::new() }
+    Attachment { id: "rng".to_owned(), device: Box::new(Rng::new(Box::new(HostEntropy))), sources: Vec::new() }
 }
 
 /// The devices of a VM that need nothing of the host but what every process has.

@@ -6,7 +6,7 @@ use devices::virtio::rng::Entropy;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 /// `getrandom(2)`.
-pub(super) struct HostEntropy;
+pub struct HostEntropy;
 
 impl Entropy for HostEntropy {
     fn fill(&mut self, bytes: &mut [u8]) -> io::Result<()> {
@@ -20,4 +20,14 @@ impl Entropy for HostEntropy {
         }
         Ok(())
     }
+}
+
+/// 16 bytes that nobody else has drawn.
+///
+/// # Errors
+/// As the system says.
+pub fn unique() -> io::Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    HostEntropy.fill(&mut bytes)?;
+    Ok(bytes)
 }
