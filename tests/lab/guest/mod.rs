@@ -1,6 +1,8 @@
 //! What runs inside perdure inside the lab: Debian's kernel and an initial file system.
 
 use super::{cpio, image};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use std::path::{Path, PathBuf};
 
 /// Where [`files`] puts perdure in L1.
@@ -23,6 +25,11 @@ pub fn kernel() -> PathBuf {
 pub fn initrd(chain_program: &Path) -> Vec<u8> {
     let base = read(&image().join("guest.cpio"));
     cpio::append(base, &[cpio::File::program("chain", read(chain_program))])
+}
+
+/// The words of a kernel's command line that make `guest-init` run a shell script. Linux takes 2 KiB of them in all.
+pub fn script(text: &str) -> String {
+    format!("perdure.script={}", BASE64.encode(text))
 }
 
 /// For [`Options::files`](super::machine::Options::files): perdure (see [`binary`](crate::perdure::binary)), and the

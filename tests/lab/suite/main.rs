@@ -1,5 +1,6 @@
 //! The lab's tests: they boot real machines and pull the plug.
 
+mod devices;
 mod generations;
 mod machine;
 mod outages;
