@@ -9,6 +9,7 @@ pub use crate::report::ReportStateV1;
 pub use crate::reset::{KeyboardControllerStateV1, ResetStateV1};
 pub use crate::rtc::RtcStateV1;
 pub use crate::serial::SerialStateV1;
+pub use crate::virtio::block::state::{BlockStateV1, FlushV1};
 pub use crate::virtio::state::{VirtioMmioStateV1, VirtioState};
 pub use crate::vmgenid::VmGenIdStateV1;
 

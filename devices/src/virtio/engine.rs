@@ -303,9 +303,14 @@ impl Engine {
     // Freezing.
 
     /// The vCPUs stand: no event counts from now on, and nothing is in flight when this returns.
+    ///
+    /// A device that waits for its reset may have something in flight as well. And a driver whose ring makes no sense just now does
+    /// not keep the machine from being frozen.
     pub(super) fn quiesce(&mut self, deadline: Instant) -> Result<(), Fault> {
-        if self.is_live() {
-            self.device.quiesce(&mut self.rings, deadline)?;
+        match self.device.quiesce(&mut self.rings, deadline) {
+            Err(busy @ Fault::Busy(_)) => return Err(busy),
+            Err(fault) if self.is_live() => self.demand_reset(&fault),
+            Ok(()) | Err(_) => {}
         }
         self.held = true;
         Ok(())

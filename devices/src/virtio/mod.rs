@@ -28,6 +28,7 @@
 //! no sense makes the device ask for its reset (`DEVICE_NEEDS_RESET`, virtio 1.2 section 2.1.1) and stand still.
 
 pub mod balloon;
+pub mod block;
 mod buffers;
 mod device;
 #[cfg(test)]

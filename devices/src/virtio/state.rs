@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 pub use super::balloon::BalloonStateV1;
+pub use super::block::state::BlockStateV1;
 pub use super::net::NetStateV1;
 use super::queue_state::QueueStateV1;
 pub use super::vsock::VsockStateV1;
@@ -48,6 +49,9 @@ pub enum VirtioState {
     /// A memory balloon.
     #[serde(rename = "balloon-v1")]
     Balloon(BalloonStateV1),
+    /// A disk.
+    #[serde(rename = "block-v1")]
+    Block(BlockStateV1),
 }
 
 impl VirtioState {
@@ -59,6 +63,7 @@ impl VirtioState {
             Self::Net(_) => "virtio-net",
             Self::Vsock(_) => "virtio-vsock",
             Self::Balloon(_) => "virtio-balloon",
+            Self::Block(_) => "virtio-block",
         }
     }
 }

@@ -104,6 +104,7 @@ fn every_device_has_an_id_of_its_own() {
         [
             "balloon",
             "debug-exit",
+            "disk0",
             "keyboard-controller",
             "net0",
             "power",

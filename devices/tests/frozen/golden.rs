@@ -4,8 +4,8 @@
 use crate::house::House;
 use devices::DeviceState;
 use devices::state::{
-    DebugExitStateV1, KeyboardControllerStateV1, PowerStateV1, ReportStateV1, ResetStateV1, RtcStateV1, SerialStateV1,
-    VmGenIdStateV1,
+    BlockStateV1, DebugExitStateV1, FlushV1, KeyboardControllerStateV1, PowerStateV1, ReportStateV1, ResetStateV1,
+    RtcStateV1, SerialStateV1, VmGenIdStateV1,
 };
 use devices::virtio::balloon::BalloonStateV1;
 use devices::virtio::net::NetStateV1;
@@ -150,6 +150,15 @@ fn virtio_rng_v1_reads_and_writes_as_it_always_did() {
 fn vmgenid_v1_reads_and_writes_as_it_always_did() {
     let state = VmGenIdStateV1 { id: (1..17).collect(), changed: true };
     check(11, include_str!("../golden/vmgenid-v1.json"), &DeviceState::VmGenId(state));
+}
+
+#[test]
+fn virtio_block_v1_reads_and_writes_as_it_always_did() {
+    let flushes =
+        vec![FlushV1 { queue: 0, head: 5, status: 0x4567 }, FlushV1 { queue: 1, head: 127, status: 0x1_0000 }];
+    let block = BlockStateV1 { sectors: 2048, read_only: false, flushes };
+    let state = virtio(&[256, 256], 1 << 9, VirtioState::Block(block));
+    check(12, include_str!("../golden/virtio-block-v1.json"), &state);
 }
 
 #[test]

@@ -3,8 +3,9 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use devices::virtio::block::{Block, BlockBackend, Completion, Disk, Operation, Token};
 use devices::virtio::rng::{Entropy, Rng};
 use devices::virtio::vsock::{Change, Cid, StreamId};
 use devices::virtio::{
@@ -165,6 +166,33 @@ fn generation_id(world: &Arc<World>) -> Box<dyn Device> {
     Box::new(VmGenId::new([7; 16], Memory::new(Arc::new(Plain(memory))), 0x100, line))
 }
 
+/// A disk that is done at once with whatever it is asked.
+#[derive(Default)]
+struct Image {
+    completed: Vec<Completion>,
+}
+
+impl BlockBackend for Image {
+    fn submit(&mut self, token: Token, _: Operation<'_>) {
+        self.completed.push(Completion { token, result: Ok(()) });
+    }
+
+    fn start(&mut self) {}
+
+    fn take_completed(&mut self, completed: &mut Vec<Completion>) {
+        completed.append(&mut self.completed);
+    }
+
+    fn wait(&mut self, _: Option<Instant>) -> bool {
+        !self.completed.is_empty()
+    }
+}
+
+fn block() -> Block {
+    let disk = Disk { id: "data".to_owned(), sectors: 2048, read_only: false, queues: 2 };
+    Block::new(disk, Box::<Image>::default())
+}
+
 /// One of each device.
 pub(crate) struct House {
     pub(crate) world: Arc<World>,
@@ -176,7 +204,7 @@ pub(crate) struct House {
 /// The serial port's index.
 pub(crate) const SERIAL: usize = 0;
 /// How many devices a [`House`] has.
-pub(crate) const DEVICES: usize = 12;
+pub(crate) const DEVICES: usize = 13;
 
 impl House {
     /// All devices after a reset, at `now` nanoseconds since 1970.
@@ -200,6 +228,7 @@ impl House {
                 virtio("balloon", Balloon::new(BalloonSize::default(), Box::new(Unplugged)), &world),
                 virtio("rng", Rng::new(Box::new(Unplugged)), &world),
                 generation_id(&world),
+                virtio("disk0", block(), &world),
             ],
             world,
         }
