@@ -1,0 +1,243 @@
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use devices::virtio::block::{Buffers, Completion, Operation, Segment, Token};
+use devices::virtio::{GuestMemory, Memory};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+
+const WORKERS: [Worker; 2] = [Worker::IoUring, Worker::Threads];
+/// Where the image begins in its file, and how long it is.
+const START: u64 = 8192;
+const LENGTH: u64 = 1 << 20;
+
+struct Lab {
+    backend: Box<dyn BlockBackend>,
+    source: OwnedFd,
+    memory: Memory,
+    image: Arc<Image>,
+    file: File,
+    _dir: tempfile::TempDir,
+}
+
+impl Lab {
+    fn new(worker: Worker) -> Self {
+        Self::with(worker, Blocks::GiveBack)
+    }
+
+    fn with(worker: Worker, blocks: Blocks) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
+        file.set_len(START + LENGTH + 4096).unwrap();
+        let part = START..START + LENGTH;
+        let image = Arc::new(Image::new("data".to_owned(), file.try_clone().unwrap(), part, blocks).unwrap());
+        let (backend, source) = open(worker, &image).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 20), 1 << 20)]).unwrap();
+        Self { backend, source, memory: Memory::new(Arc::new(memory)), image, file, _dir: dir }
+    }
+
+    fn write(&mut self, token: u32, at: u64, segments: &[Segment], durable: bool) {
+        let memory = self.memory.clone();
+        let buffers = Buffers { memory: &memory, segments };
+        self.backend.submit(Token(token), Operation::Write { at, buffers, durable });
+    }
+
+    fn read(&mut self, token: u32, at: u64, segments: &[Segment]) {
+        let memory = self.memory.clone();
+        self.backend.submit(Token(token), Operation::Read { at, buffers: Buffers { memory: &memory, segments } });
+    }
+
+    /// Waits for so many completions.
+    fn completions(&mut self, count: usize) -> Vec<Completion> {
+        self.backend.start();
+        let (mut completed, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(20));
+        self.backend.take_completed(&mut completed);
+        while completed.len() < count {
+            assert!(self.backend.wait(Some(deadline)), "{} of {count} completed", completed.len());
+            self.backend.take_completed(&mut completed);
+        }
+        completed.sort_by_key(|completion| completion.token);
+        completed
+    }
+
+    fn succeed(&mut self, count: usize) {
+        let completed = self.completions(count);
+        assert_eq!(completed.len(), count);
+        for (index, Completion { token, result }) in completed.iter().enumerate() {
+            assert_eq!((token.0 as usize, result.as_ref().ok()), (index, Some(&())), "{result:?}");
+        }
+    }
+
+    fn bytes(&self, at: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.file.read_exact_at(&mut bytes, START + at).unwrap();
+        bytes
+    }
+}
+
+fn segment(address: u64, length: u32) -> Segment {
+    Segment { address: GuestAddress(address), length }
+}
+
+#[test]
+fn what_is_written_is_in_the_file_and_is_read_from_there_piece_by_piece() {
+    for worker in WORKERS {
+        let mut lab = Lab::new(worker);
+        let bytes: Vec<u8> = (0..10_240_u32).map(|at| ((at * 31) >> 3) as u8).collect();
+        lab.memory.write_slice(&bytes, GuestAddress(0x1001)).unwrap();
+        // The second piece goes over the border of two mappings.
+        let border = (1 << 20) - 5;
+        lab.memory.write_slice(&bytes[7..4096], GuestAddress(border)).unwrap();
+        lab.write(0, 512, &[segment(0x1001, 7), segment(border, 4089), segment(0x1001 + 4096, 6144)], false);
+        lab.succeed(1);
+        assert_eq!(lab.bytes(512, 10_240), bytes);
+        assert_eq!((lab.bytes(0, 512), lab.bytes(10_752, 100)), (vec![0; 512], vec![0; 100]));
+        lab.read(0, 512 + 512, &[segment(0x8003, 1), segment(0x9000, 9727)]);
+        lab.succeed(1);
+        let mut read = vec![0; 9728];
+        lab.memory.read_slice(&mut read[..1], GuestAddress(0x8003)).unwrap();
+        lab.memory.read_slice(&mut read[1..], GuestAddress(0x9000)).unwrap();
+        assert_eq!(read, bytes[512..]);
+    }
+}
+
+#[test]
+fn a_thousand_requests_at_a_time_all_complete_once_and_ring() {
+    for worker in WORKERS {
+        let mut lab = Lab::new(worker);
+        for index in 0..1024_u32 {
+            lab.memory.write_obj(index, GuestAddress(u64::from(index) * 512)).unwrap();
+            lab.write(index, u64::from(index) * 512, &[segment(u64::from(index) * 512, 512)], false);
+        }
+        lab.succeed(1024);
+        let mut fds = [rustix::event::PollFd::new(&lab.source, rustix::event::PollFlags::IN)];
+        assert_eq!(rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())).unwrap(), 1);
+        for index in 0..1024_u32 {
+            lab.read(index, u64::from(1023 - index) * 512, &[segment((1 << 20) + u64::from(index) * 512, 512)]);
+            assert_eq!(lab.bytes(u64::from(index) * 512, 4), index.to_le_bytes());
+        }
+        lab.succeed(1024);
+        for index in 0..1024_u32 {
+            let read: u32 = lab.memory.read_obj(GuestAddress((1 << 20) + u64::from(index) * 512)).unwrap();
+            assert_eq!(read, 1023 - index);
+        }
+        assert!(!lab.backend.wait(Some(Instant::now())), "nothing is left");
+    }
+}
+
+#[test]
+fn flushes_and_durable_writes_complete_however_many_there_are() {
+    for worker in WORKERS {
+        let mut lab = Lab::new(worker);
+        for index in 0..60 {
+            match index % 3 {
+                0 => lab.backend.submit(Token(index), Operation::Flush),
+                1 => lab.write(index, u64::from(index) * 512, &[segment(0, 512)], true),
+                _ => lab.write(index, u64::from(index) * 512, &[segment(0, 512)], false),
+            }
+            if index % 7 == 0 {
+                lab.backend.start();
+            }
+        }
+        lab.succeed(60);
+        lab.image.flush().unwrap();
+    }
+}
+
+#[test]
+fn a_file_that_is_shorter_than_its_image_fails_the_read_and_the_next_one_is_done() {
+    for worker in WORKERS {
+        let mut lab = Lab::new(worker);
+        lab.file.set_len(START + 4096).unwrap();
+        lab.read(0, 4096 - 512, &[segment(0, 1024)]);
+        lab.read(1, 4096 - 512, &[segment(0, 512)]);
+        let completed = lab.completions(2);
+        assert_eq!(completed[0].result.as_ref().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert!(completed[1].result.is_ok());
+    }
+}
+
+#[test]
+fn after_a_failed_flush_every_later_one_fails_and_so_does_the_freezes() {
+    for worker in WORKERS {
+        // A descriptor without a disk behind it is the one thing on any machine whose fdatasync fails.
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        let image = Image::new("pipe".to_owned(), File::from(reader), 0..LENGTH, Blocks::Keep).unwrap();
+        let mut lab = Lab::new(worker);
+        lab.image = Arc::new(image);
+        (lab.backend, lab.source) = open(worker, &lab.image).unwrap();
+        lab.backend.submit(Token(0), Operation::Flush);
+        assert!(lab.completions(1)[0].result.is_err());
+        assert!(lab.image.is_believed().is_err());
+        lab.backend.submit(Token(0), Operation::Flush);
+        lab.backend.submit(Token(1), Operation::Flush);
+        for completion in lab.completions(2) {
+            assert!(completion.result.unwrap_err().to_string().contains("an earlier flush failed"));
+        }
+        assert!(lab.image.flush().unwrap_err().to_string().contains("an earlier flush failed"));
+    }
+}
+
+#[test]
+fn discarded_and_zeroed_ranges_read_as_zeros_and_a_regions_blocks_stay_its_own() {
+    use std::os::unix::fs::MetadataExt;
+    for worker in WORKERS {
+        for blocks in [Blocks::Keep, Blocks::GiveBack] {
+            let mut lab = Lab::with(worker, blocks);
+            let full = vec![0xee; LENGTH as usize];
+            lab.file.write_all_at(&full, START).unwrap();
+            lab.file.sync_all().unwrap();
+            let before = lab.file.metadata().unwrap().blocks();
+            lab.backend.submit(Token(0), Operation::Discard(4096..LENGTH / 2));
+            lab.backend.submit(Token(1), Operation::WriteZeroes { range: LENGTH / 2..LENGTH - 512, unmap: false });
+            let completed = lab.completions(2);
+            if completed.iter().any(|completion| {
+                completion.result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::Unsupported)
+            }) {
+                // A file system without it: the guest is told, and writes zeros itself.
+                continue;
+            }
+            assert!(completed.iter().all(|completion| completion.result.is_ok()), "{completed:?}");
+            assert_eq!(lab.bytes(0, 4096), full[..4096]);
+            assert_eq!(lab.bytes(4096, LENGTH as usize - 4096 - 512), vec![0; LENGTH as usize - 4096 - 512]);
+            assert_eq!(lab.bytes(LENGTH - 512, 512), full[..512]);
+            lab.file.sync_all().unwrap();
+            let after = lab.file.metadata().unwrap().blocks();
+            assert_eq!(after < before, blocks == Blocks::GiveBack, "{before} → {after}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_is_dropped_leaves_the_guests_memory_alone() {
+    for worker in WORKERS {
+        let mut lab = Lab::new(worker);
+        for index in 0..200 {
+            lab.read(index, u64::from(index) * 4096, &[segment(0, 4096)]);
+        }
+        lab.backend.submit(Token(200), Operation::Flush);
+        lab.backend.start();
+        let Lab { backend, memory, .. } = lab;
+        drop(backend);
+        drop(memory);
+    }
+}
+
+#[test]
+fn a_disk_that_is_not_written_needs_no_flush() {
+    for worker in WORKERS {
+        let mut lab = Lab::new(worker);
+        let file = File::open("/proc/self/exe").unwrap();
+        lab.image = Arc::new(Image::read_only("exe".to_owned(), file, 4096));
+        (lab.backend, lab.source) = open(worker, &lab.image).unwrap();
+        lab.read(0, 0, &[segment(0, 512)]);
+        lab.backend.submit(Token(1), Operation::Flush);
+        lab.succeed(2);
+        let magic: u32 = lab.memory.read_obj(GuestAddress(0)).unwrap();
+        assert_eq!(magic.to_le_bytes(), *b"\x7fELF");
+        lab.image.flush().unwrap();
+    }
+}
