@@ -1,6 +1,8 @@
 //! A region in use: its header, its bytes, its mapping.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -366,6 +368,17 @@ impl Region {
             offset: self.lease.info.data_offset,
             size: self.size(),
         }
+    }
+
+    /// Another handle of the file, for whoever reads and writes the data by means of its own, and where in it the data lies. The lease
+    /// lasts until that handle is closed, too.
+    ///
+    /// # Errors
+    /// [`RegionError::Medium`]: it is not a file of this host. [`RegionError::Io`].
+    pub fn share_file(&self) -> Result<(File, Range<u64>), RegionError> {
+        let shared = self.descriptor()?.try_clone_to_owned().map_err(|source| self.io("share the file of", source))?;
+        let begin = self.lease.info.data_offset;
+        Ok((shared.into(), begin..begin + self.size()))
     }
 
     /// The file, for mapping pieces of it.

@@ -9,6 +9,7 @@ use super::output::say;
 use super::progress::Progress;
 use super::{Environment, output};
 use crate::machine::config::{SerialTarget, VmConfig};
+use crate::persistence::disks::check_left_behind;
 use crate::persistence::regions::{VmRegions, region_name};
 use crate::persistence::rollback::{Pages, Plan, restore};
 
@@ -29,6 +30,9 @@ pub(super) struct Args {
     /// What its regions lie on: file, dax or nvdimm [default: as the other's]
     #[arg(long, value_name = "MEDIUM")]
     medium: Option<MediumKind>,
+    /// Also if it has disks that it can write: those in the pool begin as zeros, others are the same for both
+    #[arg(long)]
+    force: bool,
 }
 
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> {
@@ -38,6 +42,9 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> 
     let (lineage, id) = lineage::resolve(&pool, &args.what, &format!("forked as {new}"))?;
     let store = &lineage.store;
     let plan = Plan::new(store, &id, new, None)?;
+    if !args.force {
+        check_left_behind(new, plan.config())?;
+    }
     // As old as what it holds: that is what a recovery tells.
     store.fork(&id, new, store.generation(&id)?.time_ms)?;
     let birth = Birth { serial: args.serial.as_ref(), medium: args.medium, family: &lineage.family };

@@ -12,6 +12,7 @@ use super::output::say;
 use super::{Environment, lineage};
 use crate::machine::config::SerialTarget;
 use crate::machine::config::generations::GenerationsConfig;
+use crate::persistence::disks::check_left_behind;
 use crate::persistence::generations::open;
 use crate::persistence::rollback::Plan;
 
@@ -30,6 +31,9 @@ pub(super) struct Args {
     /// What its regions lie on: file, dax or nvdimm [default: as it was]
     #[arg(long, value_name = "MEDIUM")]
     medium: Option<MediumKind>,
+    /// Also if it had disks that it could write: those in the pool begin as zeros, others are taken from where they were
+    #[arg(long)]
+    force: bool,
 }
 
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> {
@@ -51,7 +55,13 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> 
         let _ = lineage::remove_if_empty(&pool, &name);
     }
     let generation = imported?;
-    let plan = match Plan::new(&store, &generation.id, &name, None) {
+    let planned = Plan::new(&store, &generation.id, &name, None).map_err(anyhow::Error::from).and_then(|plan| {
+        if !args.force {
+            check_left_behind(&name, plan.config())?;
+        }
+        Ok(plan)
+    });
+    let plan = match planned {
         Ok(plan) => plan,
         Err(error) => {
             store.purge(std::slice::from_ref(&generation.id))?;

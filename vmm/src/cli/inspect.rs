@@ -99,6 +99,9 @@ impl Inspection {
             line("cmdline", config.cmdline.clone());
             line("serial", serde_json::to_string(&config.serial)?);
         }
+        for disk in self.config.iter().flat_map(|config| &config.disks) {
+            line("disk", disk.to_string());
+        }
         for region in &self.regions {
             line(
                 "region",

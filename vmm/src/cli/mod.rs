@@ -76,7 +76,7 @@ Exit status: 0 done (run, resume: the guest powered off), 1 failed, 2 usage,
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::Args),
+    Run(Box<run::Args>),
     Resume(resume::Args),
     Powerfail(power::FailArgs),
     Powerback(power::BackArgs),

@@ -11,6 +11,7 @@ use super::survey::{VmState, names, survey};
 use super::{Environment, lineage, live, output};
 use crate::machine::config::{ByteSize, SerialTarget, VmConfig};
 use crate::machine::time::nanoseconds;
+use crate::persistence::disks::check_left_behind;
 use crate::persistence::recovery::{Doubt, assess};
 use crate::persistence::regions::{RegionsError, VmRegions, region_name};
 use crate::persistence::rollback::{Pages, Plan, Restored, Skipped, recover, roll_back};
@@ -30,6 +31,9 @@ pub(super) struct Args {
     /// Go back to this generation first, as in 17; what was, if it was frozen, is kept as a generation
     #[arg(long, value_name = "ID", conflicts_with = "all")]
     generation: Option<String>,
+    /// Also go back to a generation where disks do not: memory from then beside disks from now, which destroys file systems that are in use
+    #[arg(long)]
+    force: bool,
     /// Where it goes back to a generation, run at once: memory comes from there as the guest asks for it, and the rest meanwhile
     ///
     /// Each page is verified before the guest sees it; one that no copy of is good stops the VM, and is named. What the guest asked for
@@ -65,7 +69,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
                 return here(environment, args, live::hold(&pool, name)?);
             }
             let back = args.generation.as_ref().map(|id| Back { id, discard: args.discard });
-            let Prepared { regions, .. } = prepare(&pool, name, back.as_ref(), args.lazy)?;
+            let Prepared { regions, .. } = prepare(&pool, name, back.as_ref(), args)?;
             one(environment, &pool, regions, args)
         }
         None => all(environment, args),
@@ -130,7 +134,7 @@ struct Prepared {
 }
 
 /// Brings a VM that was cut off back to a generation, or any VM to the one that is asked for.
-fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>, lazy: bool) -> anyhow::Result<Prepared> {
+fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>, args: &Args) -> anyhow::Result<Prepared> {
     let mut regions = match live::hold(pool, name) {
         Err(error @ RegionsError::NoContext { .. }) => match without_context(pool, name)? {
             Some(regions) => regions,
@@ -142,9 +146,16 @@ fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>, lazy: bool) -> anyh
     if back.is_none() && doubt.is_none() {
         return Ok(Prepared { regions, restored: false });
     }
+    if !args.force {
+        let left = check_left_behind(name, regions.config());
+        left.with_context(|| match &doubt {
+            Some(doubt) => format!("VM {name} was not frozen: {}", doubt.found()),
+            None => format!("VM {name} was not rolled back, nothing was altered"),
+        })?;
+    }
     let mut progress = Progress::new(format!("restoring {name} ({})", output::bytes(regions.config().memory.0)));
     let mut on_progress = |done, total| progress.pages(done, total);
-    let mut pages = if lazy && can_be_lazy() { Pages::Later } else { Pages::Now(&mut on_progress) };
+    let mut pages = if args.lazy && can_be_lazy() { Pages::Later } else { Pages::Now(&mut on_progress) };
     let restored = match back {
         Some(Back { id, discard }) => {
             let id = lineage::id(name, id)?;
@@ -235,7 +246,7 @@ fn all(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
     for name in names(&pool) {
         match survey(environment, &pool, &name)?.state {
             VmState::Frozen => {}
-            VmState::Unclean | VmState::Damaged => match prepare(&pool, &name, None, args.lazy) {
+            VmState::Unclean | VmState::Damaged => match prepare(&pool, &name, None, args) {
                 Ok(Prepared { restored: true, .. }) => {}
                 Ok(Prepared { restored: false, .. }) => continue,
                 Err(error) => {

@@ -7,6 +7,7 @@ use allocator::{MediumKind, Pool};
 use anyhow::{Context as _, bail};
 
 use super::{Environment, live, names, retention, survey};
+use crate::machine::config::disks::DiskConfig;
 use crate::machine::config::{ByteSize, ClockPolicy, Kernel, SerialTarget, VmConfig};
 use crate::persistence::recovery::assess;
 use crate::persistence::regions::{RegionsError, VmRegions};
@@ -25,6 +26,7 @@ Examples:
   perdure run web --kernel vmlinuz --initrd initrd --cmdline 'console=ttyS0' --memory 1G --cpus 2
   perdure run big --guest memwalk --cmdline 'ws=1G' --memory 2G --ram 512M --serial none --detach
   perdure run web --guest memwalk --cmdline 'pattern=zipf ws=64M' --serial none --detach
+  perdure run db --kernel vmlinuz --initrd initrd --disk root.img --disk data:10G
   perdure run web --guest pages --initrd list.bin --cmdline 'pages=65536 writes=list every=1000000'
 
 'pages' walks a list of pages that you give it, round and round: entries of 4 bytes, little-endian, the lower 31 bits a page
@@ -66,6 +68,14 @@ pub(super) struct Args {
     /// What its regions lie on: file, dax or nvdimm [default: the pool's]
     #[arg(long, value_name = "MEDIUM")]
     medium: Option<MediumKind>,
+    /// A disk, as in data:10G (in the pool), ./disk.img or /srv/disk.img,ro (a raw image); again for each further one
+    ///
+    /// The guest finds them as /dev/vda, /dev/vdb, … (virtio-blk), in the order given. NAME:SIZE is the region VM/NAME of the pool: made
+    /// with the VM, zeros at first, kept when its guest ends, removed with it. A raw image stays yours: it is locked while the VM runs.
+    /// A flush of the guest (fsync) is durable on the disk's medium; a freeze makes everything durable that the guest has written. Generations
+    /// hold memory and not disks: `resume --generation` refuses a VM with a disk that it can write, unless forced.
+    #[arg(long = "disk", value_name = "NAME:SIZE|PATH[,ro]")]
+    disks: Vec<DiskConfig>,
     /// The serial port: stdio, none, or a file to append to [default: stdio; none with --detach]
     #[arg(long, value_name = "stdio|FILE|none")]
     serial: Option<SerialTarget>,
@@ -173,6 +183,18 @@ fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions
             config.cpus
         );
     }
+    let in_pool = |config: &VmConfig| {
+        let disks = config.disks.iter().filter(|disk| matches!(disk, DiskConfig::Pool { .. }));
+        let mut disks: Vec<_> = disks.map(ToString::to_string).collect();
+        disks.sort_unstable();
+        if disks.is_empty() { "none".to_owned() } else { disks.join(", ") }
+    };
+    let (has, wanted) = (in_pool(regions.config()), in_pool(config));
+    if has != wanted {
+        bail!(
+            "VM {name} has these disks in the pool: {has}; not {wanted}: that cannot change; `perdure remove {name}` first"
+        );
+    }
     regions.set_config(config.clone());
     Ok(regions)
 }
@@ -206,6 +228,9 @@ impl Args {
         config.medium = self.medium.or(config.medium);
         config.clock = self.clock.unwrap_or(config.clock);
         config.rng |= self.rng;
+        if !self.disks.is_empty() {
+            config.disks = self.disks.iter().map(absolute).collect::<anyhow::Result<_>>()?;
+        }
         match &self.serial {
             Some(SerialTarget::File(path)) => config.serial = SerialTarget::File(std::path::absolute(path)?),
             Some(target) => config.serial = target.clone(),
@@ -215,6 +240,16 @@ impl Args {
         config.validate()?;
         Ok(config)
     }
+}
+
+/// The same disk, wherever the VM is resumed from.
+fn absolute(disk: &DiskConfig) -> anyhow::Result<DiskConfig> {
+    Ok(match disk {
+        DiskConfig::File { path, read_only } => {
+            DiskConfig::File { path: std::path::absolute(path)?, read_only: *read_only }
+        }
+        DiskConfig::Pool { .. } => disk.clone(),
+    })
 }
 
 fn read_config(path: &PathBuf) -> anyhow::Result<VmConfig> {

@@ -1,5 +1,6 @@
 //! What a VM is made of: given on the command line or in a file, checked once, saved with the VM.
 
+pub mod disks;
 pub mod generations;
 
 use std::fmt;
@@ -11,6 +12,7 @@ use allocator::paging::Geometry;
 use serde::{Deserialize, Serialize};
 
 use super::memory::PAGE_SIZE;
+use disks::{DiskConfig, DisksError};
 use generations::GenerationsConfig;
 
 /// A number of bytes, written as in `512M` or `4G` (binary units).
@@ -154,6 +156,9 @@ pub struct VmConfig {
     pub kernel: Kernel,
     /// The kernel's command line.
     pub cmdline: String,
+    /// Its disks, in the order in which the guest finds them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
     /// Where the serial port leads.
     pub serial: SerialTarget,
     /// What its clocks do at an outage.
@@ -182,6 +187,7 @@ impl Default for VmConfig {
             medium: None,
             kernel: Kernel::Guest("counter".to_owned()),
             cmdline: String::new(),
+            disks: Vec::new(),
             serial: SerialTarget::Stdio,
             clock: ClockPolicy::default(),
             rng: false,
@@ -232,6 +238,9 @@ pub enum ConfigError {
     /// Generations at no interval.
     #[error("--snapshot-every {0} ms: from {MIN_INTERVAL_MS} ms on")]
     Interval(u64),
+    /// Disks.
+    #[error(transparent)]
+    Disks(#[from] DisksError),
     /// A command line that no kernel could take.
     #[error("the kernel command line contains a zero byte")]
     Cmdline,
@@ -262,6 +271,7 @@ impl VmConfig {
             return Err(ConfigError::Memory(memory));
         }
         self.validate_ram()?;
+        disks::validate(&self.disks)?;
         if let Some(interval) = self.snapshot_every_ms.filter(|interval| *interval < MIN_INTERVAL_MS) {
             return Err(ConfigError::Interval(interval));
         }

@@ -245,8 +245,10 @@ impl Machine {
         }
         self.devices.restore(devices, outage)?;
         self.start_vcpus(fds)?;
+        self.notify_paused()?;
+        // Last, and it cannot fail: from here on devices write to memory.
         self.devices.thaw();
-        self.notify_paused()
+        Ok(())
     }
 
     fn create_vcpus(&self) -> Result<Vec<VcpuFd>, MachineError> {

@@ -12,7 +12,8 @@
 //!              (paged memory: nothing moves any more)       after stop: until then a vCPU may wait for what is moved
 //!   persist    regions reach their medium                   before the context: a context must never name unsaved RAM
 //!   context    the other slot is written, durable           before the stamp: a stamp must never name a missing context
-//!   stamp      clean@N in the RAM region's header, durable  last: it is what makes the context count
+//!   stamp      clean@N in the headers of disks and RAM,     last: it is what makes the context count
+//!              RAM's last, durable
 //! ```
 //!
 //! The first four steps are [`hold_still`], and [`super::capture`] uses them, too: a generation is the same moment, stored elsewhere.
@@ -33,7 +34,7 @@ use crate::machine::time::nanoseconds;
 use crate::machine::{Machine, MachineError, MachineStateV1};
 
 /// How long devices may take to complete what is in flight; one that takes longer is named, and the VM is not frozen.
-const DEVICES_REST: Duration = Duration::from_secs(10);
+pub const DEVICES_REST: Duration = Duration::from_secs(10);
 
 /// How far output is to be brought before state is saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,6 +153,7 @@ pub fn freeze(
     regions.hold_paging(true);
     let restoring = regions.restoring();
     let Persisted { bytes, paged } = regions.persist_memory()?;
+    regions.persist_disks().map_err(RegionsError::from)?;
     took.persist_ns = steps.next()?;
 
     let sequence = regions.next_sequence();

@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod context;
+pub mod disks;
 pub mod freeze;
 pub mod generations;
 pub mod lifecycle;

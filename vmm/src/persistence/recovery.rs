@@ -20,6 +20,19 @@ pub enum Doubt {
         /// The context's number.
         context: u64,
     },
+    /// A disk is not that of the context.
+    #[error(
+        "its memory is that of context {context}, and its disk {disk} is {found}: it was exchanged, or written to meanwhile. \
+         `perdure run` boots it anew from its disks"
+    )]
+    Disk {
+        /// Which.
+        disk: String,
+        /// What the stamp says, in words.
+        found: String,
+        /// The context's number.
+        context: u64,
+    },
     /// The newer slot of the context is damaged.
     #[error(
         "its RAM belongs to context {ram}, which is damaged ({damage}); the newest context that verifies is {context}. \
@@ -41,7 +54,7 @@ impl Doubt {
     pub fn calls_for_recovery(&self) -> bool {
         match self {
             Self::NotFrozen(_) => false,
-            Self::Unclean { .. } | Self::ContextDamaged { .. } => true,
+            Self::Unclean { .. } | Self::Disk { .. } | Self::ContextDamaged { .. } => true,
         }
     }
 
@@ -52,6 +65,9 @@ impl Doubt {
             Self::NotFrozen(found) => (*found).to_owned(),
             Self::Unclean { found, context } => {
                 format!("its memory was cut off while it ran (the RAM region is {found}, the context is {context})")
+            }
+            Self::Disk { disk, found, context } => {
+                format!("its disk {disk} is {found}, the context is {context}")
             }
             Self::ContextDamaged { ram, damage, .. } => {
                 format!("its RAM belongs to context {ram}, which is damaged ({damage})")
@@ -71,7 +87,13 @@ pub fn assess(regions: &VmRegions) -> Result<(), Doubt> {
         (Some(stamp), _) if stamp != context.sequence && !damage.is_empty() => {
             Err(Doubt::ContextDamaged { ram: stamp, context: context.sequence, damage })
         }
-        (Some(stamp), Standing::Frozen(_)) if stamp == context.sequence => Ok(()),
+        (Some(stamp), Standing::Frozen(_)) if stamp == context.sequence => match regions.stray_disks().next() {
+            None => Ok(()),
+            Some((disk, stamp)) => {
+                let found = stamp.map_or_else(|| "not stamped clean".to_owned(), |n| format!("that of context {n}"));
+                Err(Doubt::Disk { disk: disk.to_owned(), found, context: context.sequence })
+            }
+        },
         (Some(stamp), Standing::Created) if stamp == context.sequence => Err(Doubt::NotFrozen("new and has never run")),
         (Some(stamp), Standing::Ended { .. }) if stamp == context.sequence => {
             Err(Doubt::NotFrozen("stopped: its guest ended"))

@@ -1,6 +1,6 @@
 //! The regions of one VM: leased, mapped, stamped.
 //!
-//! `NAME/ram` is guest memory, `NAME/context` what is volatile. Whoever holds a [`VmRegions`] holds the VM: the leases
+//! `NAME/ram` is guest memory, `NAME/context` what is volatile, `NAME/DISK` a disk. Whoever holds a [`VmRegions`] holds the VM: the leases
 //! die with the process, and a second process is told who has them.
 
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use allocator::{
 };
 
 use super::context::{self, ContextError, ContextV1, Encoded, Slots, Standing};
+use super::disks::{self, DiskError, Disks};
 use super::paging::{self, Memory, PagedMemory as Paged, Persisted};
 use super::restoring::{Destination, PagedMemory, Paging, Restoring, RestoringError, RestoringV1};
 use crate::machine::config::VmConfig;
@@ -78,6 +79,12 @@ pub enum RegionsError {
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A disk of the pool that the VM was not given when it was made.
+    #[error("the VM has no disk {0} in this pool: what it has there cannot change; `perdure remove` the VM first")]
+    NoDisk(String),
     /// The thread that clears the stamp ended without a word.
     #[error("clearing the stamp of VM {0} was interrupted")]
     Interrupted(String),
@@ -118,6 +125,7 @@ pub struct VmRegions {
     ram: Arc<Region>,
     /// Where memory lies that is not in RAM, if the VM has less of that than memory.
     swap: Option<Arc<Region>>,
+    disks: Disks,
     pager: Option<Arc<Pager>>,
     /// Memory is zeros, whatever the context says.
     fresh: bool,
@@ -170,13 +178,14 @@ impl VmRegions {
             let (size, medium) = (geometry.swap_region(config.swap_bytes()), Some(MediumKind::File));
             wanted.push((region_name(name, "swap")?, RegionSpec { kind: Kind::Swap, size, medium }));
         }
+        wanted.extend(disks::wanted(name, config, config.medium)?);
         // The context last: a VM that has one has all.
         wanted.push((context.clone(), spec(Kind::Context, context::region_size(config.cpus))));
         for (name, spec) in &wanted {
             pool.allocate(name, *spec)?;
         }
         let (leased_ram, context_region) = (lease(pool, name, &ram)?, lease(pool, name, &context)?);
-        let swap = lease_swap(pool, name, config)?;
+        let (swap, disks) = (lease_swap(pool, name, config)?, Disks::lease(pool, name, config)?);
         let slots = Slots::read(&context_region)?;
         if !slots.is_empty() {
             // Another process made it since somebody looked.
@@ -195,7 +204,7 @@ impl VmRegions {
             if clean {
                 ram.stamp_clean(context.sequence)?;
             }
-            Ok(Self::held(name.to_owned(), ram, swap, context_region, context, Vec::new()))
+            Ok(Self::held(name.to_owned(), ram, swap, disks, context_region, context, Vec::new()))
         };
         let result = made();
         if result.is_err() {
@@ -211,6 +220,7 @@ impl VmRegions {
         name: String,
         ram: Region,
         swap: Option<Arc<Region>>,
+        disks: Disks,
         context_region: Region,
         context: ContextV1,
         damage: Vec<String>,
@@ -219,6 +229,7 @@ impl VmRegions {
             name,
             ram: Arc::new(ram),
             swap,
+            disks,
             pager: None,
             fresh: false,
             paging_events: Arc::new(|event| tracing::warn!("memory: {event:?}")),
@@ -254,8 +265,8 @@ impl VmRegions {
         if config != region {
             return Err(RegionsError::Mismatch { name, config, region });
         }
-        let swap = lease_swap(pool, &name, &context.config)?;
-        Ok(Self::held(name, ram, swap, context_region, context, damage))
+        let (swap, disks) = (lease_swap(pool, &name, &context.config)?, Disks::lease(pool, &name, &context.config)?);
+        Ok(Self::held(name, ram, swap, disks, context_region, context, damage))
     }
 
     /// Leases the regions of a VM whose context cannot be read, to restore them from a generation. `config` says what it is made of.
@@ -270,9 +281,9 @@ impl VmRegions {
         // RAM may still be stamped with the lost context's number: this must not be taken for it.
         let lost = ram.is_clean().or(ram.doubtful_stamp()).unwrap_or(0);
         let standing = Standing::Ended { how: "its context was lost".to_owned() };
-        let swap = lease_swap(pool, name, &config)?;
+        let (swap, disks) = (lease_swap(pool, name, &config)?, Disks::lease(pool, name, &config)?);
         let context = ContextV1 { sequence: lost.saturating_add(1), written_ns: 0, config, standing };
-        Ok(Self::held(name.to_owned(), ram, swap, context_region, context, damage))
+        Ok(Self::held(name.to_owned(), ram, swap, disks, context_region, context, damage))
     }
 
     /// Says who is told of memory that is paged; before [`VmRegions::assemble`].
@@ -334,6 +345,11 @@ impl VmRegions {
         self.ram.is_clean() == Some(self.context.sequence)
     }
 
+    /// Disks of the pool that are not what they were at the newest context, with the context that they are of.
+    pub fn stray_disks(&self) -> impl Iterator<Item = (&str, Option<u64>)> {
+        self.disks.strays(self.context.sequence)
+    }
+
     /// Makes RAM what a fresh start expects: zeros. It is so already in a VM that has never run.
     ///
     /// # Errors
@@ -356,11 +372,13 @@ impl VmRegions {
     }
 
     /// A fresh machine over the RAM region, which is mapped the first time. The stamp is cleared meanwhile: when this
-    /// returns, RAM is durably no context's any more, and may be written. On an error it may or may not be.
+    /// returns, RAM is durably no context's any more, and may be written, as may disks. On an error it may or may not be.
     ///
     /// # Errors
-    /// [`RegionsError::Region`], [`RegionsError::Memory`], [`RegionsError::Machine`].
-    pub fn assemble(&mut self, host: Host, wiring: Wiring) -> Result<Machine, RegionsError> {
+    /// [`RegionsError::Region`], [`RegionsError::Memory`], [`RegionsError::Machine`], [`RegionsError::Disk`].
+    pub fn assemble(&mut self, host: Host, mut wiring: Wiring) -> Result<Machine, RegionsError> {
+        self.disks.open(&self.context.config)?;
+        wiring.attachments.extend(self.disks.attach(self.context.config.cpus)?);
         let ram = self.place_ram()?;
         let (machine, cleared) = std::thread::scope(|scope| {
             // Putting a machine together writes no RAM; the write that clears the stamp waits for the disk.
@@ -484,6 +502,14 @@ impl VmRegions {
         Ok(Persisted { bytes, paged: None })
     }
 
+    /// Makes the disks durable. The machine must be held still.
+    ///
+    /// # Errors
+    /// [`DiskError::Flush`].
+    pub fn persist_disks(&self) -> Result<(), DiskError> {
+        self.disks.flush()
+    }
+
     /// The number of the next context.
     #[must_use]
     pub fn next_sequence(&self) -> u64 {
@@ -512,20 +538,23 @@ impl VmRegions {
         Ok(())
     }
 
-    /// Says that RAM is exactly that of context `sequence`.
+    /// Says that RAM and disks are exactly those of context `sequence`.
     ///
     /// # Errors
     /// [`RegionError`].
     pub fn stamp_clean(&self, sequence: u64) -> Result<(), RegionError> {
+        // RAM's counts for the VM, so it is the last.
+        self.disks.stamp_clean(sequence)?;
         self.ram.stamp_clean(sequence)
     }
 
-    /// Says that RAM is no context's any more; before anything changes it.
+    /// Says that RAM and disks are no context's any more; before anything changes them.
     ///
     /// # Errors
     /// [`RegionError`].
     pub fn clear_stamp(&self) -> Result<(), RegionError> {
-        self.ram.clear_stamp()
+        self.ram.clear_stamp()?;
+        self.disks.clear_stamp()
     }
 
     /// Writes down that the guest ended, and how: the VM can be started anew.
@@ -537,7 +566,10 @@ impl VmRegions {
         let config = self.context.config.clone();
         let context = ContextV1 { sequence, written_ns: context::now_ns(), config, standing: Standing::Ended { how } };
         self.write_context(&Encoded::new(&context)?)?;
-        // RAM of a guest that ended is nothing that anyone goes on from: it need not reach its medium.
+        // RAM of a guest that ended is nothing that anyone goes on from: it need not reach its medium. Its disks are.
+        if let Err(error) = self.disks.flush() {
+            tracing::warn!("{}: {error}: what its guest did not flush may be lost", self.name);
+        }
         self.stamp_clean(sequence)?;
         self.context = context;
         Ok(())
@@ -571,7 +603,7 @@ impl std::fmt::Debug for VmRegions {
     }
 }
 
-fn lease(pool: &Pool, vm: &str, name: &RegionName) -> Result<Region, RegionsError> {
+pub(super) fn lease(pool: &Pool, vm: &str, name: &RegionName) -> Result<Region, RegionsError> {
     let lease = pool.lease(name).map_err(|error| match error {
         LeaseError::Held { holder, .. } => {
             RegionsError::InUse { name: vm.to_owned(), holder: holder.to_string(), pid: holder.pid }

@@ -47,7 +47,7 @@ use crate::machine::kvm::{Host, KvmError, VcpuFailure};
 use crate::machine::{Machine, MachineError, MachineEvent, Wiring};
 use crate::persistence::capture::CaptureError;
 use crate::persistence::context::ConsoleStateV1;
-use crate::persistence::freeze::{FreezeError, FreezeReport, Output, Surroundings, Vcpus};
+use crate::persistence::freeze::{DEVICES_REST, FreezeError, FreezeReport, Output, Surroundings, Vcpus};
 use crate::persistence::lifecycle::{Event, State};
 use crate::persistence::paging::PagedStatus;
 use crate::persistence::regions::{RegionsError, VmRegions};
@@ -419,6 +419,8 @@ impl Supervisor {
     fn reboot(&mut self) -> Result<(), SupervisorError> {
         tracing::info!("{}: the guest asked for a reset", self.name);
         self.machine.pause()?;
+        // What its disks still read would come into the memory of the kernel that follows.
+        self.machine.quiesce_devices(Instant::now() + DEVICES_REST)?;
         // A kernel is loaded to any place.
         self.machine.ram().bring_in().map_err(CaptureError::Memory)?;
         let mut machine = self.regions.assemble(Host::open()?, self.inboxes.wiring(&self.console))?;

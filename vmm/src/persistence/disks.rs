@@ -1,0 +1,216 @@
+//! The disks of one VM: regions of its pool, leased and stamped with it, and files from elsewhere, locked while it runs.
+//!
+//! A disk goes on by itself: what the guest wrote and did not flush is in the page cache, and its memory has gone on from it. So a freeze
+//! makes disks durable, too, and stamps those of the pool with the context that they are of. A VM is resumed in place only with the disks that
+//! it was frozen with.
+//!
+//! Generations do not hold disks. What brings memory back to one would leave it beside a disk from later, which is corruption: see
+//! [`check_left_behind`].
+
+use std::fs::{File, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use allocator::{Kind, MediumKind, Pool, Region, RegionError, RegionName, RegionSpec};
+use devices::virtio::block::SECTOR;
+
+use super::regions::{self, RegionsError};
+use crate::machine::config::VmConfig;
+use crate::machine::config::disks::DiskConfig;
+use crate::machine::virtio::Attachment;
+use crate::machine::virtio::disk::{self, Blocks, Image};
+
+/// What can go wrong with a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// It cannot be had.
+    #[error("cannot {doing} the disk {}", path.display())]
+    File {
+        /// "open", "lock", …
+        doing: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something else than an image.
+    #[error("{} is no disk: give a raw image or a block device", .0.display())]
+    NoDisk(PathBuf),
+    /// Another VM has it.
+    #[error("the disk {} is in use by another process: two that write to it destroy it; stop that one, or give it to both as {},ro", .0.display(), .0.display())]
+    InUse(PathBuf),
+    /// Its size.
+    #[error("the disk {} has {size} bytes, which is not a whole number of sectors of {SECTOR} bytes, or none", path.display())]
+    Size {
+        /// Which.
+        path: PathBuf,
+        /// Its bytes.
+        size: u64,
+    },
+    /// It cannot be joined to the machine.
+    #[error("cannot begin the I/O of the disk {name}")]
+    Begin {
+        /// Which.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not durable.
+    #[error("cannot make the disk {name} durable")]
+    Flush {
+        /// Which.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Disks that would not go back with memory.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "generations of VM {vm} hold its memory and not its disks ({}): memory from then beside disks from now is a file system destroyed. \
+     `perdure run {vm}` boots it from its disks; --force goes back all the same",
+    .disks.join(", ")
+)]
+pub struct LeftBehind {
+    /// Which VM.
+    pub vm: String,
+    /// As they were given.
+    pub disks: Vec<String>,
+}
+
+/// Whether bringing VM `vm` back to a generation leaves a disk behind that it may have written since.
+///
+/// # Errors
+/// [`LeftBehind`]: it does.
+pub fn check_left_behind(vm: &str, config: &VmConfig) -> Result<(), LeftBehind> {
+    let disks: Vec<_> = config.disks.iter().filter(|disk| disk.is_writable()).map(ToString::to_string).collect();
+    if disks.is_empty() { Ok(()) } else { Err(LeftBehind { vm: vm.to_owned(), disks }) }
+}
+
+/// The regions that a VM's disks need, beside its others.
+pub(super) fn wanted(
+    vm: &str,
+    config: &VmConfig,
+    medium: Option<MediumKind>,
+) -> Result<Vec<(RegionName, RegionSpec)>, RegionsError> {
+    let region = |disk: &DiskConfig| match disk {
+        DiskConfig::Pool { name, size } => {
+            let spec = RegionSpec { kind: Kind::Disk, size: size.0, medium };
+            Some(regions::region_name(vm, name).map(|name| (name, spec)))
+        }
+        DiskConfig::File { .. } => None,
+    };
+    config.disks.iter().filter_map(region).collect()
+}
+
+/// The disks of a VM.
+#[derive(Debug, Default)]
+pub(super) struct Disks {
+    /// Those of the pool, by the name of the disk.
+    leased: Vec<(String, Region)>,
+    /// All, in the order of the configuration, once they are in use.
+    images: Option<Vec<Arc<Image>>>,
+}
+
+impl Disks {
+    /// Leases those of the pool.
+    pub(super) fn lease(pool: &Pool, vm: &str, config: &VmConfig) -> Result<Self, RegionsError> {
+        let mut leased = Vec::new();
+        for disk in &config.disks {
+            if let DiskConfig::Pool { name, .. } = disk {
+                leased.push((name.clone(), regions::lease(pool, vm, &regions::region_name(vm, name)?)?));
+            }
+        }
+        Ok(Self { leased, images: None })
+    }
+
+    /// Opens all, and locks those from elsewhere; nothing if that was done before. Nothing is altered.
+    pub(super) fn open(&mut self, config: &VmConfig) -> Result<&[Arc<Image>], RegionsError> {
+        if self.images.is_none() {
+            let images = config.disks.iter().map(|disk| self.image(disk)).collect::<Result<_, _>>()?;
+            self.images = Some(images);
+        }
+        Ok(self.images.as_deref().unwrap_or_default())
+    }
+
+    fn image(&self, disk: &DiskConfig) -> Result<Arc<Image>, RegionsError> {
+        let id = disk.id();
+        let image = match disk {
+            DiskConfig::Pool { name, .. } => {
+                let found = self.leased.iter().find(|(leased, _)| leased == name);
+                let (_, region) = found.ok_or_else(|| RegionsError::NoDisk(name.clone()))?;
+                let (file, part) = region.share_file()?;
+                Image::new(id, file, part, Blocks::Keep).map_err(|source| DiskError::File {
+                    doing: "open",
+                    path: region.path().to_owned(),
+                    source,
+                })?
+            }
+            DiskConfig::File { path, read_only } => external(id, path, *read_only)?,
+        };
+        Ok(Arc::new(image))
+    }
+
+    /// What a machine of `cpus` CPUs is joined to.
+    pub(super) fn attach(&self, cpus: u32) -> Result<Vec<Attachment>, DiskError> {
+        let attach = |(number, image): (usize, &Arc<Image>)| {
+            disk::attach(number, image, cpus)
+                .map_err(|source| DiskError::Begin { name: image.name().to_owned(), source })
+        };
+        self.images.iter().flatten().enumerate().map(attach).collect()
+    }
+
+    /// Makes durable what was written.
+    pub(super) fn flush(&self) -> Result<(), DiskError> {
+        self.images.iter().flatten().try_for_each(|image| {
+            image.flush().map_err(|source| DiskError::Flush { name: image.name().to_owned(), source })
+        })
+    }
+
+    /// Says that those of the pool are what they were at context `sequence`. They must be durable.
+    pub(super) fn stamp_clean(&self, sequence: u64) -> Result<(), RegionError> {
+        self.leased.iter().try_for_each(|(_, region)| region.stamp_clean(sequence))
+    }
+
+    /// Says that they are no context's any more.
+    pub(super) fn clear_stamp(&self) -> Result<(), RegionError> {
+        self.leased.iter().try_for_each(|(_, region)| region.clear_stamp())
+    }
+
+    /// Those of the pool that are not what they were at context `sequence`, with their stamp.
+    pub(super) fn strays(&self, sequence: u64) -> impl Iterator<Item = (&str, Option<u64>)> {
+        let stamps = self.leased.iter().map(|(name, region)| (name.as_str(), region.is_clean()));
+        stamps.filter(move |(_, stamp)| *stamp != Some(sequence))
+    }
+}
+
+fn external(id: String, path: &Path, read_only: bool) -> Result<Image, DiskError> {
+    let failed = |doing| move |source| DiskError::File { doing, path: path.to_owned(), source };
+    // Not a FIFO, whose other end would be waited for.
+    let kind = std::fs::metadata(path).map_err(failed("open"))?.file_type();
+    if !(kind.is_file() || kind.is_block_device()) {
+        return Err(DiskError::NoDisk(path.to_owned()));
+    }
+    let mut file = File::options().read(true).write(!read_only).open(path).map_err(failed("open"))?;
+    let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
+    match locked {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(DiskError::InUse(path.to_owned())),
+        Err(TryLockError::Error(source)) => return Err(failed("lock")(source)),
+    }
+    // The length of a block device is where it ends.
+    let size = file.seek(SeekFrom::End(0)).map_err(failed("measure"))?;
+    if size == 0 || !size.is_multiple_of(SECTOR) {
+        return Err(DiskError::Size { path: path.to_owned(), size });
+    }
+    if read_only {
+        return Ok(Image::read_only(id, file, size));
+    }
+    Image::new(id, file, 0..size, Blocks::GiveBack).map_err(failed("open"))
+}
