@@ -4,6 +4,7 @@
 mod benches;
 mod console;
 mod damage;
+mod disks;
 mod doctor;
 mod documents;
 mod generations;

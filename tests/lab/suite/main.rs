@@ -1,6 +1,7 @@
 //! The lab's tests: they boot real machines and pull the plug.
 
 mod devices;
+mod disks;
 mod generations;
 mod machine;
 mod outages;

@@ -1,0 +1,191 @@
+//! Disks of stock Linux, and the plug pulled on the machine below it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+use tests::lab::disk::{Cache, Disk};
+use tests::lab::guest;
+use tests::lab::machine::{L1, Options, in_emulation};
+
+use crate::outages::assert_frozen;
+
+const SOON: Duration = Duration::from_secs(60);
+/// For the guest's Linux to boot and to do some rounds, in KVM in TCG.
+const WORK: Duration = Duration::from_secs(300);
+/// Of this life of L1 alone.
+const SERIAL: &str = "/tmp/serial";
+/// The image of the file system, in L1: not of the pool, so that this machine can check it.
+const IMAGE: &str = "/pool/fs.img";
+
+fn options(directory: &Path, seed: u64) -> Options {
+    let disk = Disk::create(&directory.join("disk"), 2048, Cache::Volatile { seed });
+    let files = guest::files(Path::new(env!("CARGO_BIN_EXE_chain")));
+    Options { disk: Some(disk), files, ..Options::default() }
+}
+
+fn base64(text: &str) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut encoded = String::new();
+    for three in text.as_bytes().chunks(3) {
+        let bits = three.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
+        for digit in 0..4 {
+            let index = (bits >> (18 - 6 * digit)) & 63;
+            encoded.push(if digit <= three.len() { char::from(DIGITS[index as usize]) } else { '=' });
+        }
+    }
+    encoded
+}
+
+/// `run web` of a stock Linux that runs `script`.
+fn run(l1: &mut L1, script: &str, disks: &str) {
+    // The kernel takes 2 KiB of command line.
+    let script: Vec<_> = script.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut command = format!("rm -f {SERIAL}; PERDURE_POOL=/pool/pool PERDURE_LOG=info perdure run web --detach");
+    write!(
+        command,
+        " --kernel {} --initrd {} --memory 256M --medium file --serial {SERIAL} {disks} \
+         --cmdline 'console=ttyS0 quiet perdure.script={}'",
+        guest::KERNEL,
+        guest::INITRD,
+        base64(&script.join("\n"))
+    )
+    .expect("a string takes everything");
+    l1.check(&command, SOON);
+}
+
+/// The number behind the last whole line that begins with `word`.
+fn last(output: &str, word: &str) -> Option<u64> {
+    let whole = output.rfind('\n').map_or("", |end| &output[..end]);
+    whole.lines().rev().find_map(|line| line.trim_end().strip_prefix(word)?.trim().parse().ok())
+}
+
+/// Rounds until the guest is done.
+const ROUNDS: u64 = 20;
+
+/// Each round writes a slot of the raw disk past the guest's cache, without a flush: it is in L1's page cache alone. And it writes a file and
+/// syncs it. Then it reads another slot, and another file, from their disks. A slot that is not what was last written to it ends it all.
+const WORK_ON_DISKS: &str = r#"
+fail() { echo "disks: MISMATCH $*"; exit 1; }
+mke2fs -F /dev/vdb >/dev/null 2>&1 && mkdir -p /mnt && mount -t ext4 /dev/vdb /mnt || fail mount
+round=0
+while [ $round -lt ROUNDS ]; do
+    slot=$((round % 8))
+    dd if=/dev/urandom of=/tmp/data bs=64k count=4 2>/dev/null
+    sha256sum </tmp/data >/tmp/sum.$slot
+    dd if=/tmp/data of=/dev/vda bs=64k seek=$((slot * 4)) oflag=direct conv=notrunc 2>/dev/null || fail write $round
+    cp /tmp/data /mnt/file.$slot && sync || fail sync $round
+    other=$(((round * 5 + 3) % 8))
+    if [ -e /tmp/sum.$other ]; then
+        echo 3 >/proc/sys/vm/drop_caches
+        [ "$(dd if=/dev/vda bs=64k skip=$((other * 4)) count=4 iflag=direct 2>/dev/null | sha256sum)" = "$(cat /tmp/sum.$other)" ] || fail raw $round
+        [ "$(sha256sum </mnt/file.$other)" = "$(cat /tmp/sum.$other)" ] || fail file $round
+    fi
+    round=$((round + 1))
+    echo "disks: round $round"
+done
+umount /mnt || fail umount
+dmesg | grep -i -E 'I/O error|EXT4-fs (error|warning)|blocked for more|soft lockup' && fail log
+echo "disks: done"
+"#;
+
+/// Freezes `web`, pulls the plug, and resumes it with what the disks' I/O is done by then. What it printed before is added to `printed`.
+fn outage(mut l1: L1, options: &Options, worker: &str, printed: &mut String) -> L1 {
+    let perdure = "PERDURE_POOL=/pool/pool PERDURE_LOG=info perdure";
+    l1.check(&format!("{perdure} powerfail web"), SOON);
+    assert_frozen(&l1.check(&format!("{perdure} list --json"), SOON), "web");
+    printed.push_str(&String::from_utf8_lossy(&l1.get(SERIAL)));
+    let cut = l1.power_cut();
+    eprintln!("frozen after round {:?}, {cut:?}", last(printed, "disks: round"));
+    let mut l1 = L1::boot(options);
+    l1.check(&format!("PERDURE_DISK_IO={worker} {perdure} resume web --detach"), SOON);
+    l1
+}
+
+fn wait_for(l1: &mut L1, printed: &str, done: impl Fn(&str) -> bool) {
+    let seen = l1.wait_until(&format!("cat {SERIAL}"), WORK, |seen| {
+        let text = format!("{printed}{}", seen.text());
+        done(&text) || text.contains("MISMATCH")
+    });
+    assert!(!seen.text().contains("MISMATCH"), "{}", seen.text());
+}
+
+fn disks_survive_outages() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path(), 11);
+    let mut l1 = L1::boot(&options);
+    l1.check(&format!("truncate -s 16M {IMAGE}"), SOON);
+    let script = WORK_ON_DISKS.replace("ROUNDS", &ROUNDS.to_string());
+    run(&mut l1, &script, &format!("--disk data:4M --disk {IMAGE}"));
+    let mut printed = String::new();
+    for (outage_number, worker) in [(1, "threads"), (2, "io_uring"), (3, "threads")] {
+        let rounds = ROUNDS * outage_number / 4;
+        wait_for(&mut l1, &printed, |output| last(output, "disks: round").is_some_and(|round| round >= rounds));
+        l1 = outage(l1, &options, worker, &mut printed);
+    }
+    wait_for(&mut l1, &printed, |output| output.contains("disks: done"));
+    l1.wait_until("pidof perdure", SOON, |seen| seen.status != 0);
+    assert!(
+        last(&printed, "disks: round").is_some_and(|round| round < ROUNDS),
+        "each outage was in the middle of the work"
+    );
+    let image = directory.path().join("fs.img");
+    std::fs::write(&image, l1.get(IMAGE)).expect("the image fits");
+    let checked = Command::new("/sbin/e2fsck").args(["-f", "-n"]).arg(&image).output().expect("e2fsck runs");
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+}
+
+#[test]
+fn what_linux_wrote_to_its_disks_flushed_or_not_is_there_after_outages() {
+    in_emulation(disks_survive_outages);
+}
+
+/// Writes a slot of the disk and syncs it, for ever; the number is printed after that. A slot begins with its number, in text.
+const WRITE_AND_SYNC: &str = r#"
+round=0
+while :; do
+    round=$((round + 1))
+    { printf '%08d' $round; dd if=/dev/urandom bs=4088 count=1 2>/dev/null; } >/tmp/slot
+    sha256sum </tmp/slot >>/tmp/slot
+    dd if=/tmp/slot of=/dev/vda bs=8k seek=$((round % 128)) conv=notrunc,fsync 2>/dev/null && echo "disks: synced $round"
+done
+"#;
+
+/// Finds the highest number whose slot is whole, of those that `WRITE_AND_SYNC` wrote.
+const FIND_NEWEST: &str = r#"
+newest=0
+for slot in $(seq 0 127); do
+    dd if=/dev/vda of=/tmp/slot bs=8k skip=$slot count=1 2>/dev/null
+    number=$(head -c 8 /tmp/slot | tr -d '\0' | sed 's/^0*//')
+    [ -n "$number" ] || continue
+    sum=$(head -c 4096 /tmp/slot | sha256sum)
+    [ "$sum" = "$(dd if=/tmp/slot bs=4096 skip=1 2>/dev/null | head -n 1)" ] || continue
+    [ "$number" -gt $newest ] && newest=$number
+done
+echo "disks: newest $newest"
+"#;
+
+fn acknowledged_flushes_are_durable(seed: u64) {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path(), seed);
+    let mut l1 = L1::boot(&options);
+    run(&mut l1, WRITE_AND_SYNC, "--disk data:1M");
+    let synced = |output: &str| last(output, "disks: synced").unwrap_or(0);
+    wait_for(&mut l1, "", |output| synced(output) >= 20);
+    let acknowledged = synced(&String::from_utf8_lossy(&l1.get(SERIAL)));
+    // No signal, no freeze.
+    let cut = l1.power_cut();
+    let mut l1 = L1::boot(&options);
+    let refused = l1.run("PERDURE_POOL=/pool/pool perdure resume web --detach", SOON);
+    assert_ne!(refused.status, 0, "{}", refused.text());
+    run(&mut l1, FIND_NEWEST, "");
+    wait_for(&mut l1, "", |output| last(output, "disks: newest").is_some());
+    let newest = last(&String::from_utf8_lossy(&l1.get(SERIAL)), "disks: newest").unwrap_or(0);
+    assert!(newest >= acknowledged, "{acknowledged} was acknowledged, {newest} is the newest that is whole");
+    eprintln!("acknowledged {acknowledged}, found {newest}, {cut:?}");
+}
+
+#[test]
+fn a_flush_that_linux_was_told_of_is_durable_when_the_plug_is_pulled_without_a_warning() {
+    in_emulation(|| acknowledged_flushes_are_durable(12));
+}
