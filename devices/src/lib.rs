@@ -33,6 +33,8 @@
 pub mod base64_bytes;
 pub mod debug_exit;
 pub mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod interrupt;
 pub mod machine_control;
 pub mod ports;
