@@ -47,6 +47,29 @@ impl PageSet {
         }
     }
 
+    /// Puts in neighbours. What is beyond the bound is ignored.
+    pub fn insert_run(&mut self, run: &Range<u64>) {
+        self.each_word(run, |word, mask| *word |= mask);
+    }
+
+    /// Takes out neighbours.
+    pub fn remove_run(&mut self, run: &Range<u64>) {
+        self.each_word(run, |word, mask| *word &= !mask);
+    }
+
+    fn each_word(&mut self, run: &Range<u64>, change: impl Fn(&mut u64, u64)) {
+        let end = run.end.min(self.pages);
+        let mut at = run.start;
+        while at < end {
+            let in_word = (64 - at % 64).min(end - at);
+            let mask = (u64::MAX >> (64 - in_word)) << (at % 64);
+            if let Some(word) = usize::try_from(at / 64).ok().and_then(|index| self.words.get_mut(index)) {
+                change(word, mask);
+            }
+            at += in_word;
+        }
+    }
+
     /// Whether it is in.
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {
@@ -313,6 +336,17 @@ mod tests {
             let runs: Vec<_> = set.runs().collect();
             prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start), "runs are as long as they can be");
             prop_assert!((0..500).all(|page| set.contains(page) == put.contains(&page)));
+        }
+
+        #[test]
+        fn runs_are_put_in_and_taken_out(pages in 1_u64..300, put in (0_u64..350, 0_u64..200), out in (0_u64..350, 0_u64..200)) {
+            let (put, out) = (put.0..put.0 + put.1, out.0..out.0 + out.1);
+            let mut set = PageSet::new(pages);
+            set.insert_run(&put);
+            set.remove_run(&out);
+            for page in 0..400 {
+                prop_assert_eq!(set.contains(page), page < pages && put.contains(&page) && !out.contains(&page), "page {}", page);
+            }
         }
 
         #[test]

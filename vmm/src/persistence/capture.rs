@@ -15,6 +15,9 @@
 //!                               to the store; one commit                 the guest's
 //! ```
 //!
+//! Disks of the pool are of the same moment, but nothing of them is copied in the pause: what the guest overwrites while the generation is
+//! stored is copied just before ([`Moment`](crate::machine::virtio::disk::Moment)).
+//!
 //! A generation that could not be stored leaves its pages with [`Capture::into_pages`]: the watch has forgotten them, so
 //! the next generation must be given them, or it would lack them.
 
@@ -26,13 +29,14 @@ use snapshot::{GenerationId, NewGeneration, Origin, Parent, RegionKey, RegionSpe
 
 use super::context::{self, ContextV1, FrozenV1, Standing};
 use super::freeze::{self, FreezeError, Output, StillSteps, Stopwatch, Surroundings, Vcpus};
-use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, GenerationsError, REGION_RAM};
+use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, GenerationsError, KIND_DISK, REGION_RAM};
 use super::regions::VmRegions;
 use crate::machine::Machine;
 use crate::machine::dirty::{DirtyTracker, PageSet};
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{MemoryError, PAGE_SIZE};
 use crate::machine::time::nanoseconds;
+use crate::machine::virtio::disk;
 
 /// Bytes copied out of RAM at a time while the guest runs.
 const CHUNK: usize = 4 << 20;
@@ -42,6 +46,8 @@ const FEW: u64 = 512;
 const ROUNDS: usize = 3;
 /// A stretch of so many zero pages is told to the store as such, a shorter one put along with its neighbours.
 const ZERO_STRETCH: u64 = 64;
+/// Pages of a disk that are read at a time. The guest cannot write to it meanwhile.
+const DISK_CHUNK: u64 = 64;
 /// What the buffer for the pause has room for beyond what is expected, in pages.
 const ROOM_LEAST: u64 = 256;
 /// What of that buffer is kept from one generation to the next, in bytes.
@@ -65,6 +71,15 @@ pub enum CaptureError {
     /// Reading guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A disk.
+    #[error("cannot read the disk {name} as it was")]
+    Disk {
+        /// Which.
+        name: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The machine did not stand still.
     #[error("cannot hold the VM still for a generation")]
     Hold(#[source] FreezeError),
@@ -181,6 +196,7 @@ pub struct Moment {
     context: ContextV1,
     pages: PageSet,
     room: Room,
+    disks: Vec<disk::Moment>,
     steps: PauseSteps,
     pause_ns: u64,
     /// When the guest ran on.
@@ -196,6 +212,7 @@ pub struct Capture {
     /// What the watch has told since `base`, and will not tell again.
     told: PageSet,
     full: bool,
+    base: Option<GenerationId>,
     pages_before: u64,
     begun: Instant,
     chunk: Vec<u8>,
@@ -231,7 +248,8 @@ impl Capture {
             other => other?,
         };
         let told = wanted.carried.clone().unwrap_or_else(|| PageSet::new(pages));
-        Ok(Self { writer, ram, tracker, told, full, pages_before: 0, begun, chunk: Vec::new() })
+        let base = wanted.base.clone();
+        Ok(Self { writer, ram, tracker, told, full, base, pages_before: 0, begun, chunk: Vec::new() })
     }
 
     /// Copies what can be copied while the guest runs. `room` is made ready for what is left.
@@ -339,11 +357,13 @@ impl Capture {
             Err(error) => return Err(Failed { error, pages: self.told }),
         }
         let Self { writer, told, full, pages_before, begun, .. } = self;
-        let Moment { context, pages, room: used, steps, pause_ns, ended } = moment;
+        let Moment { context, pages, room: used, disks, steps, pause_ns, ended } = moment;
         let generation = match writer.commit() {
             Ok(generation) => generation,
             Err(error) => return Err(Failed { error: error.into(), pages: told }),
         };
+        let id = generation.id.to_string();
+        disks.into_iter().for_each(|disk| disk.stored(&id));
         *room = used;
         room.shrink();
         let before = (ended - begun).saturating_sub(Duration::from_nanos(pause_ns));
@@ -371,12 +391,46 @@ impl Capture {
             self.writer.put_run(self.ram, run.start, bytes)?;
             at += length;
         }
+        moment.disks.iter().try_for_each(|disk| self.put_disk(disk, cancel))?;
         self.writer.set_time(moment.context.written_ns / 1_000_000);
         let json = serde_json::to_vec(&moment.context).map_err(CaptureError::Encode)?;
         self.writer.blob(BLOB_CONTEXT, &json)?;
         let json = serde_json::to_vec(&moment.context.config).map_err(CaptureError::Encode)?;
         self.writer.blob(BLOB_CONFIG, &json)?;
         check(cancel)
+    }
+
+    /// A disk as it was: what changed of it, or all of it that is there.
+    fn put_disk(&mut self, moment: &disk::Moment, cancel: &AtomicBool) -> Result<(), CaptureError> {
+        let failed = |source| CaptureError::Disk { name: moment.name().to_owned(), source };
+        let size = moment.length();
+        let spec = RegionSpec { name: moment.name().to_owned(), kind: KIND_DISK.to_owned(), size };
+        let region = self.writer.region(&spec)?;
+        let base = self.base.as_ref().map(ToString::to_string);
+        if moment.base().is_some() && moment.base() != base.as_deref() {
+            moment.forget_base();
+            return Err(CaptureError::Cancelled(
+                "its disks changed since another generation; the next one looks at all of them",
+            ));
+        }
+        let mut pages = moment.pages().clone();
+        if moment.base().is_none() {
+            pages = moment.data().map_err(failed)?;
+            if self.writer.parent().is_some() {
+                zeros_between(&mut self.writer, region, &pages)?;
+            }
+        }
+        let mut chunk = std::mem::take(&mut self.chunk);
+        for run in pages.runs() {
+            for first in run.clone().step_by(DISK_CHUNK as usize) {
+                check(cancel)?;
+                chunk.resize(((run.end - first).min(DISK_CHUNK) * PAGE_SIZE) as usize, 0);
+                moment.take(first, &mut chunk).map_err(failed)?;
+                self.writer.put_run(region, first, &chunk)?;
+            }
+        }
+        self.chunk = chunk;
+        moment.check().map_err(failed)
     }
 
     /// Gives the generation up; nothing of it is in the store. What changed and must be carried to the next one.
@@ -400,6 +454,18 @@ fn open(store: &Store, new: NewGeneration, pages: u64) -> Result<(Writer, Region
     let spec = RegionSpec { name: REGION_RAM.to_owned(), kind: "ram".to_owned(), size: pages * PAGE_SIZE };
     let ram = writer.region(&spec)?;
     Ok((writer, ram))
+}
+
+/// All that is not in `pages` is zeros.
+pub(super) fn zeros_between(writer: &mut Writer, region: RegionKey, pages: &PageSet) -> Result<(), StoreError> {
+    let mut at = 0;
+    for run in pages.runs() {
+        if at < run.start {
+            writer.zero_run(region, at, run.start - at)?;
+        }
+        at = run.end;
+    }
+    if at < pages.bound() { writer.zero_run(region, at, pages.bound() - at) } else { Ok(()) }
 }
 
 fn check(cancel: &AtomicBool) -> Result<(), CaptureError> {
@@ -483,6 +549,7 @@ fn copy_moment(
     let mut took = PauseSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns, ..PauseSteps::default() };
 
     machine.dirty_tracker().collect(changed)?;
+    let disks = regions.moment_of_disks();
     took.dirty_ns = steps.lap();
 
     copy(machine, changed, &mut room)?;
@@ -496,7 +563,7 @@ fn copy_moment(
         standing: Standing::Frozen(Box::new(frozen)),
     };
     let pages = changed.clone();
-    Ok(Moment { context, pages, room, steps: took, pause_ns: 0, ended: Instant::now() })
+    Ok(Moment { context, pages, room, disks, steps: took, pause_ns: 0, ended: Instant::now() })
 }
 
 /// Copies pages out of RAM, one behind the other.

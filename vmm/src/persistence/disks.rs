@@ -4,8 +4,8 @@
 //! makes disks durable, too, and stamps those of the pool with the context that they are of. A VM is resumed in place only with the disks that
 //! it was frozen with.
 //!
-//! Generations do not hold disks. What brings memory back to one would leave it beside a disk from later, which is corruption: see
-//! [`check_left_behind`].
+//! Generations hold those of the pool, of the same moment as memory. Those from elsewhere they do not: what brings memory back to a generation
+//! would leave it beside a disk from later, which is corruption: see [`check_left_behind`].
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Seek, SeekFrom};
@@ -20,7 +20,7 @@ use super::regions::{self, RegionsError};
 use crate::machine::config::VmConfig;
 use crate::machine::config::disks::DiskConfig;
 use crate::machine::virtio::Attachment;
-use crate::machine::virtio::disk::{self, Blocks, Image};
+use crate::machine::virtio::disk::{self, Blocks, Image, Moment};
 
 /// What can go wrong with a disk.
 #[derive(Debug, thiserror::Error)]
@@ -73,8 +73,8 @@ pub enum DiskError {
 /// Disks that would not go back with memory.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "generations of VM {vm} hold its memory and not its disks ({}): memory from then beside disks from now is a file system destroyed. \
-     `perdure run {vm}` boots it from its disks; --force goes back all the same",
+    "generations of VM {vm} hold its memory and its disks in the pool, but not {}: memory from then beside a disk from now is a file \
+     system destroyed. `perdure run {vm}` boots it from its disks; --force goes back all the same",
     .disks.join(", ")
 )]
 pub struct LeftBehind {
@@ -89,7 +89,8 @@ pub struct LeftBehind {
 /// # Errors
 /// [`LeftBehind`]: it does.
 pub fn check_left_behind(vm: &str, config: &VmConfig) -> Result<(), LeftBehind> {
-    let disks: Vec<_> = config.disks.iter().filter(|disk| disk.is_writable()).map(ToString::to_string).collect();
+    let elsewhere = |disk: &&DiskConfig| matches!(disk, DiskConfig::File { read_only: false, .. });
+    let disks: Vec<_> = config.disks.iter().filter(elsewhere).map(ToString::to_string).collect();
     if disks.is_empty() { Ok(()) } else { Err(LeftBehind { vm: vm.to_owned(), disks }) }
 }
 
@@ -146,7 +147,7 @@ impl Disks {
                 let found = self.leased.iter().find(|(leased, _)| leased == name);
                 let (_, region) = found.ok_or_else(|| RegionsError::NoDisk(name.clone()))?;
                 let (file, part) = region.share_file()?;
-                Image::new(id, file, part, Blocks::Keep).map_err(|source| DiskError::File {
+                Image::new(id, file, part, Blocks::Keep).map(Image::watched).map_err(|source| DiskError::File {
                     doing: "open",
                     path: region.path().to_owned(),
                     source,
@@ -164,6 +165,16 @@ impl Disks {
                 .map_err(|source| DiskError::Begin { name: image.name().to_owned(), source })
         };
         self.images.iter().flatten().enumerate().map(attach).collect()
+    }
+
+    /// Those of the pool that are in use, as they are now. Nothing may be under way.
+    pub(super) fn moment(&self) -> Vec<Moment> {
+        self.images.iter().flatten().filter_map(Moment::begin).collect()
+    }
+
+    /// Those of the pool, by their names.
+    pub(super) fn leased(&self) -> impl Iterator<Item = (&str, &Region)> {
+        self.leased.iter().map(|(name, region)| (name.as_str(), region))
     }
 
     /// Makes durable what was written.

@@ -4,6 +4,7 @@
 //!   <pool>/generations/<family>/    a store (crate `snapshot`); a family is a VM and its forks
 //!       lineage <name of the VM>    its generations, numbered
 //!           region "ram"            guest memory, page by page, in the order of the RAM region
+//!           region NAME             the disk NAME of the pool, of kind "disk"
 //!           blob "context"          the volatile state: a ContextV1 in JSON
 //!           blob "config"           what the VM is made of: a VmConfig in JSON
 //! ```
@@ -24,6 +25,8 @@ pub const BLOB_CONTEXT: &str = "context";
 pub const BLOB_CONFIG: &str = "config";
 /// The region with guest memory.
 pub const REGION_RAM: &str = "ram";
+/// The kind of a region with a disk.
+pub const KIND_DISK: &str = "disk";
 
 /// Why a store of generations cannot be had.
 #[derive(Debug, thiserror::Error)]

@@ -18,6 +18,7 @@ use super::restoring::{Destination, PagedMemory, Paging, Restoring, RestoringErr
 use crate::machine::config::VmConfig;
 use crate::machine::kvm::Host;
 use crate::machine::memory::{GuestRam, HostMemory, MemoryError};
+use crate::machine::virtio::disk::Moment;
 use crate::machine::{Machine, MachineError, Wiring};
 
 /// What can go wrong with a VM's regions.
@@ -348,6 +349,16 @@ impl VmRegions {
     /// Disks of the pool that are not what they were at the newest context, with the context that they are of.
     pub fn stray_disks(&self) -> impl Iterator<Item = (&str, Option<u64>)> {
         self.disks.strays(self.context.sequence)
+    }
+
+    /// The disks of the pool as they are now. The machine must be held still.
+    pub(super) fn moment_of_disks(&self) -> Vec<Moment> {
+        self.disks.moment()
+    }
+
+    /// The disks of the pool, by their names.
+    pub(super) fn pool_disks(&self) -> impl Iterator<Item = (&str, &Region)> {
+        self.disks.leased()
     }
 
     /// Makes RAM what a fresh start expects: zeros. It is so already in a VM that has never run.

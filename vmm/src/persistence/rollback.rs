@@ -9,7 +9,8 @@
 //!                                                         a stamp that says it is whole
 //!   choose    the chosen generation is committed anew,    after clear, before RAM changes: from here a cut ends in the
 //!             as the newest one: no pages, one record     chosen generation, since recovery takes the newest
-//!   restore   zeros, then the pages; flushed              before the context: a context must never name unsaved RAM
+//!   restore   disks, then RAM: zeros, then the pages;     before the context: a context must never name unsaved RAM, or
+//!             flushed                                     an unsaved disk
 //!             (or the zeros alone: the pages come later)
 //!   context   N+1, with the generation's machine state    before the stamp: a stamp must never name a missing context
 //!   stamp     clean@N+1                                   last: it is what makes the context count
@@ -24,20 +25,22 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use allocator::RegionError;
+use allocator::{Region, RegionError};
 use snapshot::{
-    Depth, Generation, GenerationId, NewGeneration, PageSink, Parent, Reader, RegionSpec, RestoreReport, Store,
-    StoreError, Writer,
+    Depth, Generation, GenerationId, NewGeneration, PageSink, Parent, Reader, RegionInfo, RegionSpec, RestoreReport,
+    Store, StoreError, Writer,
 };
 
+use super::capture;
 use super::context::{self, ContextError, ContextV1, Standing};
-use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, REGION_RAM};
+use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, KIND_DISK, REGION_RAM};
 use super::paging::{Memory, MemoryIoError};
 use super::regions::{RegionsError, VmRegions};
 use super::restoring::{self, RestoringError, RestoringV1};
 use crate::machine::config::generations::Integrity;
 use crate::machine::config::{ByteSize, ConfigError, MAX_CPUS, VmConfig};
 use crate::machine::memory::PAGE_SIZE;
+use crate::machine::virtio::disk;
 
 /// Bytes of RAM read at a time when it is kept.
 const PIECE: usize = 4 << 20;
@@ -95,6 +98,15 @@ pub enum RollbackError {
     /// The system has no random numbers.
     #[error("cannot draw a VM generation ID: the system gives no random numbers")]
     Random(#[source] io::Error),
+    /// A disk could not be read.
+    #[error("cannot read the disk {name}")]
+    Disk {
+        /// Which.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The regions.
     #[error(transparent)]
     Regions(#[from] RegionsError),
@@ -183,7 +195,8 @@ impl Plan {
             return Err(unreadable("it has not as many vCPUs as it says"));
         }
         let ram = reader.region(REGION_RAM).ok_or_else(|| unreadable("it holds no RAM"))?;
-        if let Some(other) = reader.regions().iter().find(|region| region.name != REGION_RAM) {
+        let known = |region: &RegionInfo| region.name == REGION_RAM || region.kind == KIND_DISK;
+        if let Some(other) = reader.regions().iter().find(|region| !known(region)) {
             return Err(unreadable(&format!("it holds a region {}, which this perdure does not know", other.name)));
         }
         let held = reader.regions().get(ram).map_or(0, |region| region.size);
@@ -204,17 +217,58 @@ impl Plan {
     }
 
     fn check_fit(&self, regions: &VmRegions) -> Result<(), RollbackError> {
+        let differ = |theirs, ours| {
+            let (id, name) = (self.reader.generation().id.clone(), regions.name().to_owned());
+            RollbackError::Shape { id, name, theirs, ours }
+        };
         let (theirs, ours) = (self.config().cpus, regions.config().cpus);
-        if theirs == ours {
-            return Ok(());
+        if theirs != ours {
+            let in_cpus = |cpus: u32| format!("{cpus} CPUs");
+            return Err(differ(in_cpus(theirs), in_cpus(ours)));
         }
-        let in_cpus = |cpus: u32| format!("{cpus} CPUs");
-        Err(RollbackError::Shape {
-            id: self.reader.generation().id.clone(),
-            name: regions.name().to_owned(),
-            theirs: in_cpus(theirs),
-            ours: in_cpus(ours),
-        })
+        let (theirs, ours) = (in_disks(self.disks()), in_disks(regions.pool_disks().map(size_of_disk)));
+        if theirs == ours { Ok(()) } else { Err(differ(theirs, ours)) }
+    }
+
+    /// The disks that it holds: names and sizes.
+    fn disks(&self) -> impl Iterator<Item = (String, u64)> {
+        let disks = self.reader.regions().into_iter().filter(|region| region.kind == KIND_DISK);
+        disks.map(|region| (region.name, region.size))
+    }
+
+    /// Makes the disks of the VM what they were. They must be stamped no more.
+    fn restore_disks(&self, regions: &VmRegions) -> Result<(), RollbackError> {
+        for (name, region) in regions.pool_disks() {
+            let Some(index) = self.reader.region(name) else { continue };
+            let failed = RollbackError::Stamp;
+            region.zero().map_err(failed)?;
+            self.reader.restore_region(index, &DiskSink(region), &mut |_, _| ())?;
+            region.sync().map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+fn size_of_disk((name, region): (&str, &Region)) -> (String, u64) {
+    (name.to_owned(), region.size())
+}
+
+fn in_disks(disks: impl Iterator<Item = (String, u64)>) -> String {
+    let mut disks: Vec<String> = disks.map(|(name, size)| format!("{name}:{}", ByteSize(size))).collect();
+    disks.sort_unstable();
+    if disks.is_empty() { "no disks in the pool".to_owned() } else { format!("the disks {}", disks.join(", ")) }
+}
+
+/// A disk's region as a sink. It was zeroed before.
+struct DiskSink<'a>(&'a Region);
+
+impl PageSink for DiskSink<'_> {
+    fn write(&self, first_page: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_at(bytes, first_page.saturating_mul(snapshot::PAGE_SIZE as u64)).map_err(io::Error::other)
+    }
+
+    fn zero(&self, _first_page: u64, _count: u64) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -266,6 +320,7 @@ pub fn restore(
     };
     let fresh = regions.fresh_memory()?;
     store.refresh()?;
+    plan.restore_disks(regions)?;
     let (report, base) = match pages {
         Pages::Now(progress) => (plan.reader.restore_region(plan.ram, &fresh, *progress)?, None),
         Pages::Later => (RestoreReport::default(), Some(store.generation(&plan.reader.generation().id)?)),
@@ -443,6 +498,9 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
             offset += length as u64;
         }
     }
+    for (name, region) in regions.pool_disks() {
+        put_disk(&mut writer, name, region)?;
+    }
     let mut context = regions.context().clone();
     if let Standing::Frozen(frozen) = &mut context.standing {
         frozen.restoring = None;
@@ -452,6 +510,30 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
     writer.blob(BLOB_CONTEXT, &json(serde_json::to_vec(&context))?)?;
     writer.blob(BLOB_CONFIG, &json(serde_json::to_vec(regions.config()))?)?;
     Ok(writer.commit()?)
+}
+
+/// All that is there of a disk of a frozen VM.
+fn put_disk(writer: &mut Writer, name: &str, region: &Region) -> Result<(), RollbackError> {
+    let spec = RegionSpec { name: name.to_owned(), kind: KIND_DISK.to_owned(), size: region.size() };
+    let key = writer.region(&spec)?;
+    let (file, part) = region.share_file()?;
+    let doing = |source| RollbackError::Disk { name: name.to_owned(), source };
+    let pages = disk::data_pages(&file, &part).map_err(doing)?;
+    if writer.parent().is_some() {
+        capture::zeros_between(writer, key, &pages)?;
+    }
+    let mut buffer = vec![0; PIECE];
+    for run in pages.runs() {
+        let (mut offset, end) = (run.start * PAGE_SIZE, (run.end * PAGE_SIZE).min(region.size()));
+        while offset < end {
+            let length = usize::try_from(end - offset).unwrap_or(PIECE).min(PIECE);
+            let piece = buffer.get_mut(..length).unwrap_or_default();
+            region.read_at(piece, offset)?;
+            writer.put_run(key, offset / PAGE_SIZE, piece)?;
+            offset += length as u64;
+        }
+    }
+    Ok(())
 }
 
 /// The bytes that are in the VM's regions: all, unless they were still being restored.

@@ -62,6 +62,21 @@ pub enum Operation<'a> {
     },
 }
 
+impl Operation<'_> {
+    /// The bytes of the image that it changes.
+    #[must_use]
+    pub fn changes(&self) -> Option<Range<u64>> {
+        match self {
+            Self::Write { at, buffers, durable: _ } => {
+                let length: u64 = buffers.segments.iter().map(|segment| u64::from(segment.length)).sum();
+                Some(*at..at.saturating_add(length))
+            }
+            Self::Discard(range) | Self::WriteZeroes { range, unmap: _ } => Some(range.clone()),
+            Self::Read { .. } | Self::Flush => None,
+        }
+    }
+}
+
 /// A request that is done.
 #[derive(Debug)]
 pub struct Completion {

@@ -20,6 +20,7 @@
 mod flushes;
 mod image;
 mod io_uring;
+mod moment;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -37,6 +38,7 @@ use io_uring::Uring;
 use threads::Threads;
 
 pub use image::{Blocks, Image};
+pub use moment::{Moment, data_pages};
 
 /// The most queues that a disk has; more do not help a host that has a queue for each disk itself.
 const QUEUES_MAX: u16 = 4;

@@ -4,9 +4,13 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use devices::virtio::block::Operation;
 use rustix::fs::FallocateFlags;
+
+use super::moment::Changes;
 
 /// What becomes of blocks that the guest needs no more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +34,8 @@ pub struct Image {
     /// Bytes; a multiple of a sector.
     length: u64,
     blocks: Blocks,
+    /// Which pages change, of a disk that generations hold.
+    changes: Option<Arc<Changes>>,
     /// A flush failed.
     lost: AtomicBool,
 }
@@ -43,14 +49,37 @@ impl Image {
         // By the descriptor: what is at its path may be another file by now.
         let flushed = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         let (offset, length) = (part.start, part.end.saturating_sub(part.start));
-        Ok(Self { name, file, flushed: Some(flushed), offset, length, blocks, lost: AtomicBool::new(false) })
+        let (flushed, lost) = (Some(flushed), AtomicBool::new(false));
+        Ok(Self { name, file, flushed, offset, length, blocks, changes: None, lost })
     }
 
     /// The first `length` bytes of `file`, which are not written.
     #[must_use]
     pub fn read_only(name: String, file: File, length: u64) -> Self {
         let (flushed, lost) = (None, AtomicBool::new(false));
-        Self { name, file, flushed, offset: 0, length, blocks: Blocks::Keep, lost }
+        Self { name, file, flushed, offset: 0, length, blocks: Blocks::Keep, changes: None, lost }
+    }
+
+    /// The same, watched for changes from now on: generations hold it.
+    #[must_use]
+    pub fn watched(self) -> Self {
+        Self { changes: Some(Arc::new(Changes::new(self.length))), ..self }
+    }
+
+    pub(super) fn changes(&self) -> Option<&Arc<Changes>> {
+        self.changes.as_ref()
+    }
+
+    /// The file, and where in it the image begins.
+    pub(super) fn file(&self) -> (&File, u64) {
+        (&self.file, self.offset)
+    }
+
+    /// Before `operation` is begun.
+    pub(super) fn before(&self, operation: &Operation<'_>) {
+        if let (Some(changes), Some(range)) = (&self.changes, operation.changes()) {
+            changes.before_change(&self.file, self.offset, &range);
+        }
     }
 
     /// What the guest knows it by.

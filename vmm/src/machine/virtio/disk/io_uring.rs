@@ -232,6 +232,7 @@ fn entry_of(fd: Fd, transfer: &Transfer) -> squeue::Entry {
 
 impl BlockBackend for Uring {
     fn submit(&mut self, token: Token, operation: Operation<'_>) {
+        self.image.before(&operation);
         match operation {
             Operation::Read { at, buffers } => {
                 let transfer = Transfer::new(Direction::Read, self.image.place(at), buffers, false);

@@ -33,7 +33,8 @@ impl Lab {
         let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
         file.set_len(START + LENGTH + 4096).unwrap();
         let part = START..START + LENGTH;
-        let image = Arc::new(Image::new("data".to_owned(), file.try_clone().unwrap(), part, blocks).unwrap());
+        let image = Image::new("data".to_owned(), file.try_clone().unwrap(), part, blocks).unwrap();
+        let image = Arc::new(image.watched());
         let (backend, source) = open(worker, &image).unwrap();
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 20), 1 << 20)]).unwrap();
         Self { backend, source, memory: Memory::new(Arc::new(memory)), image, file, _dir: dir }
@@ -240,4 +241,82 @@ fn a_disk_that_is_not_written_needs_no_flush() {
         assert_eq!(magic.to_le_bytes(), *b"\x7fELF");
         lab.image.flush().unwrap();
     }
+}
+
+/// Some writes, of few different bytes, and zeros, anywhere.
+fn write_anywhere(lab: &mut Lab, random: &mut u64) {
+    let mut next = |below: u64| {
+        *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*random >> 33) % below
+    };
+    for token in 0..8 {
+        let (sector, length, byte) = (next(LENGTH / 512 - 40), 512 * (1 + next(40)), next(4) as u8);
+        let memory = token * 0x1_0000;
+        lab.memory.write_slice(&vec![byte; length as usize], GuestAddress(memory)).unwrap();
+        if next(5) == 0 {
+            let range = sector * 512..sector * 512 + length;
+            lab.backend.submit(Token(token as u32), Operation::WriteZeroes { range, unmap: true });
+        } else {
+            lab.write(token as u32, sector * 512, &[segment(memory, length as u32)], false);
+        }
+    }
+    // Zeros may be unsupported here: whatever became of them, the file has it.
+    lab.completions(8);
+}
+
+#[test]
+fn a_moment_of_a_disk_is_what_it_was_whatever_the_guest_writes_while_it_is_stored() {
+    for worker in WORKERS {
+        let mut lab = Lab::with(worker, Blocks::Keep);
+        let (mut stored, mut random) = (vec![0; LENGTH as usize], 12_345);
+        for generation in 0..30 {
+            write_anywhere(&mut lab, &mut random);
+            let then = lab.bytes(0, LENGTH as usize);
+            let moment = Moment::begin(&lab.image).unwrap();
+            assert_eq!(moment.base().is_none(), generation == 0);
+            let mut pages = moment.pages().clone();
+            if generation == 0 {
+                pages = moment.data().unwrap();
+            }
+            assert!(generation == 0 || pages.count() < pages.bound(), "what did not change is not told");
+            write_anywhere(&mut lab, &mut random);
+            if generation % 4 == 3 {
+                // Given up: its pages are the next one's.
+                continue;
+            }
+            let mut copy = stored.clone();
+            for (index, first) in pages.runs().flat_map(|run| run.step_by(3)).enumerate() {
+                let count = (first..first + 3).take_while(|page| pages.contains(*page)).count();
+                let at = first as usize * 4096;
+                moment.take(first, &mut copy[at..at + count * 4096]).unwrap();
+                if index % 5 == 0 {
+                    write_anywhere(&mut lab, &mut random);
+                }
+            }
+            moment.check().unwrap();
+            assert!(copy == then, "generation {generation}");
+            moment.stored(&format!("web@{generation}"));
+            stored = copy;
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_copied_any_more_has_no_generation_and_what_cannot_be_built_on_is_not() {
+    let mut lab = Lab::with(Worker::IoUring, Blocks::Keep);
+    let all = LENGTH / 4096;
+    Moment::begin(&lab.image).unwrap().stored("web@1");
+    lab.write(0, 0, &[segment(0, 4096)], false);
+    lab.succeed(1);
+    let moment = Moment::begin(&lab.image).unwrap();
+    assert_eq!((moment.base(), moment.pages().count()), (Some("web@1"), 1));
+    moment.forget_base();
+    drop(moment);
+    let moment = Moment::begin(&lab.image).unwrap();
+    assert_eq!((moment.base(), moment.pages().count()), (None, all));
+    // The file cannot be read any more where it is overwritten.
+    lab.file.set_len(START).unwrap();
+    lab.write(0, 0, &[segment(0, 4096)], false);
+    lab.completions(1);
+    assert!(moment.check().is_err() && moment.take(1, &mut [0; 4096]).is_err());
 }

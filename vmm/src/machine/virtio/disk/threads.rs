@@ -190,6 +190,7 @@ impl Work {
 impl BlockBackend for Threads {
     fn submit(&mut self, token: Token, operation: Operation<'_>) {
         let image = &self.shared.image;
+        image.before(&operation);
         let transfer = |direction, at, buffers, durable| {
             Transfer::new(direction, image.place(at), buffers, durable).map(|transfer| Job::Transfer(token, transfer))
         };
