@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use super::progress::Progress;
 use super::survey::{VmState, names, survey};
 use super::{Environment, lineage, live, output};
+use crate::machine::config::net::NetConfig;
 use crate::machine::config::{ByteSize, SerialTarget, VmConfig};
 use crate::machine::time::nanoseconds;
 use crate::persistence::disks::check_left_behind;
@@ -50,6 +51,9 @@ pub(super) struct Args {
     /// A VM that swaps gets a larger swap region first, as in 8G: for one whose guest waits since RAM and swap are full
     #[arg(long, value_name = "SIZE", conflicts_with = "all")]
     swap: Option<ByteSize>,
+    /// Move its network card to another tap, as in tap=vm1; once for each card that it has, in their order. Their addresses stay
+    #[arg(long, value_name = "tap=NAME", conflicts_with = "all")]
+    net: Vec<NetConfig>,
     /// All that are frozen, or were cut off and have generations, in the order of their names; in the background
     #[arg(long)]
     all: bool,
@@ -92,11 +96,31 @@ fn one(environment: &Environment, pool: &Pool, regions: VmRegions, args: &Args) 
 
 /// Lives the VM's life in this process.
 fn here(environment: &Environment, args: &Args, mut regions: VmRegions) -> anyhow::Result<ExitCode> {
-    if args.swap.is_some() {
-        regions.set_config(VmConfig { swap: args.swap, ..regions.config().clone() });
+    if args.swap.is_some() || !args.net.is_empty() {
+        let mut config = regions.config().clone();
+        config.swap = args.swap.or(config.swap);
+        move_cards(&mut config, regions.name(), &args.net)?;
+        regions.set_config(config);
     }
     let begin = |keyboard| Ok(Supervisor::resume(environment.pool.clone(), regions, keyboard, !args.no_prefetch)?);
     live::here(begin, |_| {})
+}
+
+/// Plugs the cards of the VM `name` into other taps, if some are given. What is in the guest knows their addresses: those stay.
+fn move_cards(config: &mut VmConfig, name: &str, to: &[NetConfig]) -> anyhow::Result<()> {
+    if to.is_empty() {
+        return Ok(());
+    }
+    if to.len() != config.net.len() {
+        anyhow::bail!("--net: VM {name} has {} network cards, and {} taps are given", config.net.len(), to.len());
+    }
+    for (card, new) in config.net.iter_mut().zip(to) {
+        if let Some(mac) = new.mac.filter(|mac| card.mac != Some(*mac)) {
+            anyhow::bail!("--net mac={mac}: a card's address cannot change while the guest uses it");
+        }
+        card.tap.clone_from(&new.tap);
+    }
+    Ok(config.validate()?)
 }
 
 /// Makes the swap region of a VM larger; nothing if it is so already. What is in it stays.

@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 
 use super::{Environment, live, names, retention, survey};
 use crate::machine::config::disks::DiskConfig;
+use crate::machine::config::net::NetConfig;
 use crate::machine::config::{ByteSize, ClockPolicy, Kernel, SerialTarget, VmConfig};
 use crate::persistence::recovery::assess;
 use crate::persistence::regions::{RegionsError, VmRegions};
@@ -85,6 +86,13 @@ pub(super) struct Args {
     /// Give it a source of randomness (virtio-rng): what it draws after a resume or a rollback is new
     #[arg(long)]
     rng: bool,
+    /// Give it a network card (virtio-net) on a tap that exists, as in tap=vm0 or tap=vm0,mac=02:00:5e:10:00:01; once for each card
+    ///
+    /// `ip tuntap add vm0 mode tap user $(id -un)` makes a tap, `ip link set vm0 up` and an address or a bridge (`ip link set vm0 master
+    /// br0`) join it to a network. Without mac= an address is made up from the VM's name, the same always. After an outage the guest
+    /// announces itself anew, and its connections go on as far as their other ends waited. `perdure resume --net` moves a card.
+    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS]")]
+    net: Vec<NetConfig>,
     /// All of this from a JSON file; what is given here goes before it
     #[arg(long, value_name = "FILE.json")]
     config: Option<PathBuf>,
@@ -100,7 +108,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
         Some(pool) => pool,
         None => {
             // A command line that asks for what cannot be is to leave nothing behind.
-            args.configure(None)?;
+            args.configure("", None)?;
             environment.open_or_create_pool()?
         }
     };
@@ -111,7 +119,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
     let made_up = args.name.is_none();
     let stored = if survey::names(&pool).contains(&name) { startable(&pool, &name)? } else { None };
     let existing = stored.is_some();
-    let config = args.configure(stored.as_ref().map(|regions| regions.config().clone()))?;
+    let config = args.configure(&name, stored.as_ref().map(|regions| regions.config().clone()))?;
     // The process of its own that may follow leases them itself.
     drop(stored);
     if let Some(code) = live::elsewhere(environment, &name, args.detach, &config.serial)? {
@@ -201,7 +209,7 @@ fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions
 
 impl Args {
     /// What the VM is made of: the file, or what it was before, or the defaults; and over it what was given.
-    fn configure(&self, stored: Option<VmConfig>) -> anyhow::Result<VmConfig> {
+    fn configure(&self, name: &str, stored: Option<VmConfig>) -> anyhow::Result<VmConfig> {
         let mut config = match &self.config {
             Some(path) => read_config(path)?,
             None => stored.unwrap_or_default(),
@@ -231,6 +239,10 @@ impl Args {
         if !self.disks.is_empty() {
             config.disks = self.disks.iter().map(absolute).collect::<anyhow::Result<_>>()?;
         }
+        if !self.net.is_empty() {
+            config.net.clone_from(&self.net);
+        }
+        NetConfig::complete(&mut config.net, name);
         match &self.serial {
             Some(SerialTarget::File(path)) => config.serial = SerialTarget::File(std::path::absolute(path)?),
             Some(target) => config.serial = target.clone(),

@@ -2,6 +2,7 @@
 
 pub mod disks;
 pub mod generations;
+pub mod net;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::memory::PAGE_SIZE;
 use disks::{DiskConfig, DisksError};
 use generations::GenerationsConfig;
+use net::{MAX_CARDS, NetConfig, NetConfigError};
 
 /// A number of bytes, written as in `512M` or `4G` (binary units).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -166,6 +168,9 @@ pub struct VmConfig {
     /// Whether it has a source of randomness (virtio-rng).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub rng: bool,
+    /// Its network cards (virtio-net).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
     /// A generation is taken each time this many milliseconds have passed; `None`: only when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_every_ms: Option<u64>,
@@ -191,6 +196,7 @@ impl Default for VmConfig {
             serial: SerialTarget::Stdio,
             clock: ClockPolicy::default(),
             rng: false,
+            net: Vec::new(),
             snapshot_every_ms: None,
             family: None,
             generations: GenerationsConfig::default(),
@@ -241,6 +247,12 @@ pub enum ConfigError {
     /// Disks.
     #[error(transparent)]
     Disks(#[from] DisksError),
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] NetConfigError),
+    /// More network cards than fit.
+    #[error("{0} network cards: a VM has at most {MAX_CARDS}")]
+    Cards(usize),
     /// A command line that no kernel could take.
     #[error("the kernel command line contains a zero byte")]
     Cmdline,
@@ -275,6 +287,10 @@ impl VmConfig {
         if let Some(interval) = self.snapshot_every_ms.filter(|interval| *interval < MIN_INTERVAL_MS) {
             return Err(ConfigError::Interval(interval));
         }
+        if self.net.len() > MAX_CARDS {
+            return Err(ConfigError::Cards(self.net.len()));
+        }
+        NetConfig::validate(&self.net)?;
         if self.cmdline.contains('\0') {
             return Err(ConfigError::Cmdline);
         }

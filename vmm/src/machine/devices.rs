@@ -21,6 +21,7 @@ use super::entropy;
 use super::kvm::vm::Outage;
 use super::kvm::{KvmError, Vm};
 use super::memory::GuestRam;
+use super::virtio::tap::TapError;
 use super::virtio::{self, AcpiNode, Attachment, Placed};
 use super::{MachineEvent, MachineEvents};
 
@@ -60,6 +61,9 @@ pub enum DeviceError {
         /// How many.
         most: usize,
     },
+    /// A network card's tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// A device's thread.
     #[error("cannot start the thread of the device {device}")]
     Thread {

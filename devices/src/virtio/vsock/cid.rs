@@ -3,9 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// A context identifier that a guest may have: 0 to 2 are the hypervisor's, the loopback's and the host's, and so is the highest (virtio 1.2,
 /// section 5.10.4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(try_from = "u64", into = "u64")]
 pub struct Cid(u64);
 
 /// A number that is no guest's.
@@ -29,6 +32,20 @@ impl Cid {
     #[must_use]
     pub fn number(self) -> u64 {
         self.0
+    }
+}
+
+impl TryFrom<u64> for Cid {
+    type Error = CidError;
+
+    fn try_from(cid: u64) -> Result<Self, CidError> {
+        Self::new(cid)
+    }
+}
+
+impl From<Cid> for u64 {
+    fn from(cid: Cid) -> Self {
+        cid.0
     }
 }
 

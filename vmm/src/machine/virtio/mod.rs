@@ -5,6 +5,7 @@
 
 mod acpi;
 pub mod disk;
+pub mod tap;
 mod thread;
 
 use std::os::fd::OwnedFd;
@@ -44,9 +45,13 @@ fn rng() -> Attachment {
     Attachment { id: "rng".to_owned(), device: Box::new(Rng::new(Box::new(HostEntropy))), sources: Vec::new() }
 }
 
-/// The devices of a VM that need nothing of the host but what every process has.
-pub(super) fn built_in(config: &VmConfig) -> Vec<Attachment> {
-    if config.rng { vec![rng()] } else { Vec::new() }
+/// The devices of a VM that need nothing but what the host has for every process.
+pub(super) fn built_in(config: &VmConfig) -> Result<Vec<Attachment>, DeviceError> {
+    let mut attachments: Vec<_> = config.rng.then(rng).into_iter().collect();
+    for (number, card) in config.net.iter().enumerate() {
+        attachments.push(tap::attach(number, card)?);
+    }
+    Ok(attachments)
 }
 
 /// A device in its place.
