@@ -4,5 +4,6 @@ mod devices;
 mod disks;
 mod generations;
 mod machine;
+mod network;
 mod outages;
 mod paging;

@@ -97,6 +97,8 @@ impl Inspection {
             line("memory", config.memory.to_string());
             line("kernel", serde_json::to_string(&config.kernel)?);
             line("cmdline", config.cmdline.clone());
+            config.net.iter().for_each(|card| line("net", card.to_string()));
+            config.vsock.iter().for_each(|vsock| line("vsock", vsock.to_string()));
             line("serial", serde_json::to_string(&config.serial)?);
         }
         for disk in self.config.iter().flat_map(|config| &config.disks) {

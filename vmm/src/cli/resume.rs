@@ -10,6 +10,7 @@ use super::progress::Progress;
 use super::survey::{VmState, names, survey};
 use super::{Environment, lineage, live, output};
 use crate::machine::config::net::NetConfig;
+use crate::machine::config::vsock::VsockConfig;
 use crate::machine::config::{ByteSize, SerialTarget, VmConfig};
 use crate::machine::time::nanoseconds;
 use crate::persistence::disks::check_left_behind;
@@ -54,6 +55,9 @@ pub(super) struct Args {
     /// Move its network card to another tap, as in tap=vm1; once for each card that it has, in their order. Their addresses stay
     #[arg(long, value_name = "tap=NAME", conflicts_with = "all")]
     net: Vec<NetConfig>,
+    /// Its sockets to the host are from now on here, as in 3:/run/web.vsock; its CID stays
+    #[arg(long, value_name = "CID:SOCKET", conflicts_with = "all")]
+    vsock: Option<VsockConfig>,
     /// All that are frozen, or were cut off and have generations, in the order of their names; in the background
     #[arg(long)]
     all: bool,
@@ -96,10 +100,11 @@ fn one(environment: &Environment, pool: &Pool, regions: VmRegions, args: &Args) 
 
 /// Lives the VM's life in this process.
 fn here(environment: &Environment, args: &Args, mut regions: VmRegions) -> anyhow::Result<ExitCode> {
-    if args.swap.is_some() || !args.net.is_empty() {
+    if args.swap.is_some() || !args.net.is_empty() || args.vsock.is_some() {
         let mut config = regions.config().clone();
         config.swap = args.swap.or(config.swap);
         move_cards(&mut config, regions.name(), &args.net)?;
+        move_sockets(&mut config, regions.name(), args.vsock.as_ref())?;
         regions.set_config(config);
     }
     let begin = |keyboard| Ok(Supervisor::resume(environment.pool.clone(), regions, keyboard, !args.no_prefetch)?);
@@ -121,6 +126,16 @@ fn move_cards(config: &mut VmConfig, name: &str, to: &[NetConfig]) -> anyhow::Re
         card.tap.clone_from(&new.tap);
     }
     Ok(config.validate()?)
+}
+
+fn move_sockets(config: &mut VmConfig, name: &str, to: Option<&VsockConfig>) -> anyhow::Result<()> {
+    match (to, &config.vsock) {
+        (None, _) => {}
+        (Some(to), Some(from)) if to.cid == from.cid => config.vsock = Some(to.clone()),
+        (Some(_), Some(from)) => anyhow::bail!("--vsock: the CID of VM {name} is {} and stays so", from.cid),
+        (Some(_), None) => anyhow::bail!("--vsock: VM {name} has no sockets to the host"),
+    }
+    Ok(())
 }
 
 /// Makes the swap region of a VM larger; nothing if it is so already. What is in it stays.

@@ -9,6 +9,7 @@ use anyhow::{Context as _, bail};
 use super::{Environment, live, names, retention, survey};
 use crate::machine::config::disks::DiskConfig;
 use crate::machine::config::net::NetConfig;
+use crate::machine::config::vsock::VsockConfig;
 use crate::machine::config::{ByteSize, ClockPolicy, Kernel, SerialTarget, VmConfig};
 use crate::persistence::recovery::assess;
 use crate::persistence::regions::{RegionsError, VmRegions};
@@ -93,6 +94,13 @@ pub(super) struct Args {
     /// announces itself anew, and its connections go on as far as their other ends waited. `perdure resume --net` moves a card.
     #[arg(long, value_name = "tap=NAME[,mac=ADDRESS]")]
     net: Vec<NetConfig>,
+    /// Give it sockets to the host (virtio-vsock), as in 3:/run/web.vsock: its CID, and a UNIX socket
+    ///
+    /// As with Firecracker: a program of the host connects to the socket, says "CONNECT 52" and a newline, and talks to who listens at port 52
+    /// in the guest after it has read "OK" and a number. The guest reaches port 52 of the host (CID 2) where somebody listens at
+    /// /run/web.vsock_52. An outage ends connections, and both sides see their end.
+    #[arg(long, value_name = "CID:SOCKET")]
+    vsock: Option<VsockConfig>,
     /// All of this from a JSON file; what is given here goes before it
     #[arg(long, value_name = "FILE.json")]
     config: Option<PathBuf>,
@@ -242,6 +250,7 @@ impl Args {
         if !self.net.is_empty() {
             config.net.clone_from(&self.net);
         }
+        config.vsock = self.vsock.clone().or(config.vsock);
         NetConfig::complete(&mut config.net, name);
         match &self.serial {
             Some(SerialTarget::File(path)) => config.serial = SerialTarget::File(std::path::absolute(path)?),

@@ -3,6 +3,7 @@
 pub mod disks;
 pub mod generations;
 pub mod net;
+pub mod vsock;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use super::memory::PAGE_SIZE;
 use disks::{DiskConfig, DisksError};
 use generations::GenerationsConfig;
 use net::{MAX_CARDS, NetConfig, NetConfigError};
+use vsock::{VsockConfig, VsockConfigError};
 
 /// A number of bytes, written as in `512M` or `4G` (binary units).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -171,6 +173,9 @@ pub struct VmConfig {
     /// Its network cards (virtio-net).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<NetConfig>,
+    /// Sockets between it and the host (virtio-vsock).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// A generation is taken each time this many milliseconds have passed; `None`: only when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_every_ms: Option<u64>,
@@ -197,6 +202,7 @@ impl Default for VmConfig {
             clock: ClockPolicy::default(),
             rng: false,
             net: Vec::new(),
+            vsock: None,
             snapshot_every_ms: None,
             family: None,
             generations: GenerationsConfig::default(),
@@ -250,6 +256,9 @@ pub enum ConfigError {
     /// A network card.
     #[error(transparent)]
     Net(#[from] NetConfigError),
+    /// Sockets.
+    #[error(transparent)]
+    Vsock(#[from] VsockConfigError),
     /// More network cards than fit.
     #[error("{0} network cards: a VM has at most {MAX_CARDS}")]
     Cards(usize),
@@ -291,6 +300,7 @@ impl VmConfig {
             return Err(ConfigError::Cards(self.net.len()));
         }
         NetConfig::validate(&self.net)?;
+        self.vsock.as_ref().map_or(Ok(()), VsockConfig::validate)?;
         if self.cmdline.contains('\0') {
             return Err(ConfigError::Cmdline);
         }

@@ -21,6 +21,7 @@ use super::entropy;
 use super::kvm::vm::Outage;
 use super::kvm::{KvmError, Vm};
 use super::memory::GuestRam;
+use super::virtio::sockets::SocketError;
 use super::virtio::tap::TapError;
 use super::virtio::{self, AcpiNode, Attachment, Placed};
 use super::{MachineEvent, MachineEvents};
@@ -64,6 +65,9 @@ pub enum DeviceError {
     /// A network card's tap.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A guest's sockets.
+    #[error(transparent)]
+    Sockets(#[from] SocketError),
     /// A device's thread.
     #[error("cannot start the thread of the device {device}")]
     Thread {

@@ -5,6 +5,7 @@
 
 mod acpi;
 pub mod disk;
+pub mod sockets;
 pub mod tap;
 mod thread;
 
@@ -50,6 +51,9 @@ pub(super) fn built_in(config: &VmConfig) -> Result<Vec<Attachment>, DeviceError
     let mut attachments: Vec<_> = config.rng.then(rng).into_iter().collect();
     for (number, card) in config.net.iter().enumerate() {
         attachments.push(tap::attach(number, card)?);
+    }
+    if let Some(vsock) = &config.vsock {
+        attachments.push(sockets::attach(vsock)?);
     }
     Ok(attachments)
 }
