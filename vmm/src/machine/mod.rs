@@ -156,7 +156,7 @@ impl Machine {
             return Err(KvmError::TooManyCpus { asked: config.cpus, most }.into());
         }
         let vm = Vm::create(&host, &ram)?;
-        let attachments = wiring.attachments.into_iter().chain(virtio::built_in(config)?).collect();
+        let attachments = wiring.attachments.into_iter().chain(virtio::built_in(config)).collect();
         let (devices, buses) = Devices::assemble(&vm, &ram, wiring.serial_output, &wiring.events, attachments)?;
         let msr_indices = host.msr_indices()?.into();
         Ok(Self {

@@ -19,6 +19,7 @@ use crate::machine::config::VmConfig;
 use crate::machine::kvm::Host;
 use crate::machine::memory::{GuestRam, HostMemory, MemoryError};
 use crate::machine::virtio::disk::Moment;
+use crate::machine::virtio::Links;
 use crate::machine::{Machine, MachineError, Wiring};
 
 /// What can go wrong with a VM's regions.
@@ -127,6 +128,7 @@ pub struct VmRegions {
     /// Where memory lies that is not in RAM, if the VM has less of that than memory.
     swap: Option<Arc<Region>>,
     disks: Disks,
+    links: Links,
     pager: Option<Arc<Pager>>,
     /// Memory is zeros, whatever the context says.
     fresh: bool,
@@ -239,6 +241,7 @@ impl VmRegions {
             restoring: None,
             context_region,
             context,
+            links: Links::default(),
             before: None,
             damage,
         }
@@ -390,6 +393,7 @@ impl VmRegions {
     pub fn assemble(&mut self, host: Host, mut wiring: Wiring) -> Result<Machine, RegionsError> {
         self.disks.open(&self.context.config)?;
         wiring.attachments.extend(self.disks.attach(self.context.config.cpus)?);
+        wiring.attachments.extend(self.links.attach(&self.context.config).map_err(MachineError::from)?);
         let ram = self.place_ram()?;
         let (machine, cleared) = std::thread::scope(|scope| {
             // Putting a machine together writes no RAM; the write that clears the stamp waits for the disk.

@@ -5,6 +5,7 @@
 
 mod acpi;
 pub mod disk;
+mod links;
 pub mod sockets;
 pub mod tap;
 mod thread;
@@ -25,6 +26,7 @@ use super::entropy::HostEntropy;
 use super::kvm::Vm;
 use super::memory::GuestRam;
 pub(super) use acpi::AcpiNode;
+pub use links::Links;
 use thread::DeviceThread;
 
 /// The pins of the I/O APIC that nothing else uses: not the timers' (0, 2), the keyboard's (1), serial ports' (3, 4), the clock's (8), nor
@@ -46,16 +48,9 @@ fn rng() -> Attachment {
     Attachment { id: "rng".to_owned(), device: Box::new(Rng::new(Box::new(HostEntropy))), sources: Vec::new() }
 }
 
-/// The devices of a VM that need nothing but what the host has for every process.
-pub(super) fn built_in(config: &VmConfig) -> Result<Vec<Attachment>, DeviceError> {
-    let mut attachments: Vec<_> = config.rng.then(rng).into_iter().collect();
-    for (number, card) in config.net.iter().enumerate() {
-        attachments.push(tap::attach(number, card)?);
-    }
-    if let Some(vsock) = &config.vsock {
-        attachments.push(sockets::attach(vsock)?);
-    }
-    Ok(attachments)
+/// The devices of a VM that need nothing of the host but what every process has.
+pub(super) fn built_in(config: &VmConfig) -> Vec<Attachment> {
+    if config.rng { vec![rng()] } else { Vec::new() }
 }
 
 /// A device in its place.

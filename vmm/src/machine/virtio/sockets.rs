@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use devices::virtio::vsock::{Change, StreamId};
 use devices::virtio::{Vsock, VsockHost};
@@ -39,17 +40,40 @@ pub enum SocketError {
     },
 }
 
-/// A guest's sockets.
-pub(super) fn attach(config: &VsockConfig) -> Result<Attachment, SocketError> {
-    let path = config.socket.clone();
+/// A guest's sockets, as `listener` has them.
+pub(super) fn attach(config: &VsockConfig, listener: &Arc<Listener>) -> Result<Attachment, SocketError> {
     let system = |doing| {
-        let path = path.clone();
+        let path = config.socket.clone();
         move |source: io::Error| SocketError::System { path, doing, source }
     };
-    let sockets = UnixSockets::listen(&config.socket)?;
+    let sockets = UnixSockets::new(Arc::clone(listener)).map_err(system("wait for connections"))?;
     let source = sockets.poll.as_fd().try_clone_to_owned().map_err(system("duplicate a descriptor"))?;
     let device = Vsock::new(config.cid, Box::new(sockets));
     Ok(Attachment { id: "vsock".to_owned(), device: Box::new(device), sources: vec![source] })
+}
+
+/// Where programs of the host connect. Dropping it removes the socket.
+#[derive(Debug)]
+pub(super) struct Listener {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+impl Listener {
+    /// Listens at `path`, where nobody else does.
+    pub(super) fn open(path: &Path) -> Result<Arc<Self>, SocketError> {
+        let system = |doing| move |source| SocketError::System { path: path.to_owned(), doing, source };
+        make_way(path)?;
+        let listener = UnixListener::bind(path).map_err(system("listen"))?;
+        listener.set_nonblocking(true).map_err(system("listen without waiting"))?;
+        Ok(Arc::new(Self { path: path.to_owned(), listener }))
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
 }
 
 /// The token of the listener; streams count from 1.
@@ -58,8 +82,7 @@ const LISTENER: u64 = 0;
 const EVENTS: usize = 32;
 
 struct UnixSockets {
-    path: PathBuf,
-    listener: UnixListener,
+    listener: Arc<Listener>,
     /// All of them behind one descriptor.
     poll: OwnedFd,
     streams: BTreeMap<StreamId, UnixStream>,
@@ -67,19 +90,11 @@ struct UnixSockets {
 }
 
 impl UnixSockets {
-    fn listen(path: &Path) -> Result<Self, SocketError> {
-        let system = |doing| move |source| SocketError::System { path: path.to_owned(), doing, source };
-        make_way(path)?;
-        let listener = UnixListener::bind(path).map_err(system("listen"))?;
-        listener.set_nonblocking(true).map_err(system("listen without waiting"))?;
-        let make = || -> io::Result<OwnedFd> {
-            let poll = epoll::create(CreateFlags::CLOEXEC)?;
-            // Edges, here as for streams: what the guest has no room for now must not be told again and again.
-            epoll::add(&poll, &listener, EventData::new_u64(LISTENER), EventFlags::IN | EventFlags::ET)?;
-            Ok(poll)
-        };
-        let poll = make().map_err(system("wait for connections"))?;
-        Ok(Self { path: path.to_owned(), listener, poll, streams: BTreeMap::new(), next: LISTENER + 1 })
+    fn new(listener: Arc<Listener>) -> io::Result<Self> {
+        let poll = epoll::create(CreateFlags::CLOEXEC)?;
+        // Edges, here as for streams: what the guest has no room for now must not be told again and again.
+        epoll::add(&poll, &listener.listener, EventData::new_u64(LISTENER), EventFlags::IN | EventFlags::ET)?;
+        Ok(Self { listener, poll, streams: BTreeMap::new(), next: LISTENER + 1 })
     }
 
     fn add(&mut self, stream: UnixStream) -> io::Result<StreamId> {
@@ -116,12 +131,6 @@ fn make_way(path: &Path) -> Result<(), SocketError> {
     std::fs::remove_file(path).map_err(system("remove the socket that was left there"))
 }
 
-impl Drop for UnixSockets {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 impl VsockHost for UnixSockets {
     fn changes(&mut self, changes: &mut Vec<Change>) -> io::Result<bool> {
         let mut events = Vec::with_capacity(EVENTS);
@@ -143,13 +152,13 @@ impl VsockHost for UnixSockets {
     }
 
     fn accept(&mut self) -> io::Result<StreamId> {
-        let (stream, _) = self.listener.accept()?;
+        let (stream, _) = self.listener.listener.accept()?;
         stream.set_nonblocking(true)?;
         self.add(stream)
     }
 
     fn connect(&mut self, port: u32) -> io::Result<StreamId> {
-        let mut path = self.path.as_os_str().as_bytes().to_vec();
+        let mut path = self.listener.path.as_os_str().as_bytes().to_vec();
         path.extend(format!("_{port}").bytes());
         let address = SocketAddrUnix::new(path)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -183,6 +192,10 @@ impl VsockHost for UnixSockets {
 mod tests {
     use super::*;
 
+    fn listen(path: &Path) -> Result<UnixSockets, SocketError> {
+        Ok(UnixSockets::new(Listener::open(path)?).unwrap())
+    }
+
     fn changes(sockets: &mut UnixSockets) -> Vec<Change> {
         let mut changes = Vec::new();
         while sockets.changes(&mut changes).unwrap() {}
@@ -193,7 +206,7 @@ mod tests {
     fn who_connects_is_told_once_and_bytes_and_ends_are_as_well() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let mut sockets = UnixSockets::listen(&path).unwrap();
+        let mut sockets = listen(&path).unwrap();
         let mut outside = UnixStream::connect(&path).unwrap();
         assert_eq!(changes(&mut sockets), [Change::Arrival]);
         assert_eq!(changes(&mut sockets), []);
@@ -223,7 +236,7 @@ mod tests {
     fn the_guest_reaches_who_listens_at_the_path_of_the_port() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let mut sockets = UnixSockets::listen(&path).unwrap();
+        let mut sockets = listen(&path).unwrap();
         assert!(sockets.connect(52).is_err());
         let listener = UnixListener::bind(directory.path().join("s_52")).unwrap();
         let id = sockets.connect(52).unwrap();
@@ -238,12 +251,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
-        let sockets = UnixSockets::listen(&path).unwrap();
-        assert!(matches!(UnixSockets::listen(&path), Err(SocketError::InUse(_))));
+        let sockets = listen(&path).unwrap();
+        assert!(matches!(listen(&path), Err(SocketError::InUse(_))));
         drop(sockets);
         assert!(!path.exists());
         std::fs::write(&path, "data").unwrap();
-        assert!(matches!(UnixSockets::listen(&path), Err(SocketError::NoSocket(_))));
+        assert!(matches!(listen(&path), Err(SocketError::NoSocket(_))));
         assert_eq!(std::fs::read(&path).unwrap(), b"data");
     }
 }

@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use devices::virtio::net::HEADER;
 use devices::virtio::{Net, Offloads, Piece, Tap};
@@ -80,19 +81,24 @@ pub enum TapError {
 }
 
 /// A card on its tap, as number `number` of the VM's.
-pub(super) fn attach(number: usize, config: &NetConfig) -> Result<Attachment, TapError> {
-    let tap = HostTap::open(&config.tap)?;
+pub(super) fn attach(number: usize, config: &NetConfig, tap: &HostTap) -> Result<Attachment, TapError> {
     let system = |doing| move |source| TapError::System { tap: config.tap.clone(), doing, source };
     let source = tap.0.as_fd().try_clone_to_owned().map_err(system("duplicate its descriptor"))?;
     let mac = config.mac.unwrap_or_else(|| NetConfig::made_up_mac(&config.tap, number));
-    Ok(Attachment { id: format!("net{number}"), device: Box::new(Net::new(mac, Box::new(tap))), sources: vec![source] })
+    Ok(Attachment {
+        id: format!("net{number}"),
+        device: Box::new(Net::new(mac, Box::new(tap.clone()))),
+        sources: vec![source],
+    })
 }
 
-struct HostTap(OwnedFd);
+/// A tap that this process is attached to, as long as a clone of this lives.
+#[derive(Debug, Clone)]
+pub(super) struct HostTap(Arc<OwnedFd>);
 
 impl HostTap {
     /// Attaches to the interface `name`, which exists.
-    fn open(name: &str) -> Result<Self, TapError> {
+    pub(super) fn open(name: &str) -> Result<Self, TapError> {
         let tap = || name.to_owned();
         // Asked for by name, the driver makes a tap that there is not: one without addresses, that ends with the VM.
         if !exists(name) {
@@ -101,7 +107,7 @@ impl HostTap {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let descriptor = rustix::fs::open("/dev/net/tun", flags, Mode::empty())
             .map_err(|error| TapError::Driver { tap: tap(), source: error.into() })?;
-        let this = Self(descriptor);
+        let this = Self(Arc::new(descriptor));
         this.set_interface(name).map_err(|error| match error.raw_os_error() {
             Some(libc::EPERM) => TapError::NotPermitted(tap()),
             Some(libc::EBUSY) => TapError::Busy { tap: tap(), holder: holder(name) },
@@ -232,11 +238,11 @@ impl Tap for HostTap {
     }
 
     fn receive_into(&mut self, frame: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::io::read(&self.0, frame)?)
+        Ok(rustix::io::read(&*self.0, frame)?)
     }
 
     fn send_from(&mut self, frame: &[u8]) -> io::Result<()> {
-        Ok(rustix::io::write(&self.0, frame).map(|_| ())?)
+        Ok(rustix::io::write(&*self.0, frame).map(|_| ())?)
     }
 
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
