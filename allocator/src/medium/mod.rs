@@ -229,7 +229,22 @@ impl Mapping {
     /// As `madvise`.
     pub fn forget_private(&self) -> io::Result<()> {
         match self.medium {
-            MediumKind::Nvdimm => nvdimm::forget(self),
+            MediumKind::Nvdimm => nvdimm::forget(self, 0..self.length),
+            MediumKind::Dax | MediumKind::File => Ok(()),
+        }
+    }
+
+    /// Nobody needs what lies in `length` bytes from `offset` on, whole pages, and nobody accesses them meanwhile: they are what they were,
+    /// or what they were before. On `nvdimm` their memory is free then, and no persist saves them. On other media nothing happens: they
+    /// lie on the medium already, and their room there stays reserved.
+    ///
+    /// # Errors
+    /// As `madvise`; or it is no range of whole pages of this.
+    pub fn give_up(&self, offset: u64, length: u64) -> io::Result<()> {
+        let index = |at: Option<u64>| at.and_then(|at| usize::try_from(at).ok()).ok_or(io::ErrorKind::InvalidInput);
+        let range = index(Some(offset))?..index(offset.checked_add(length))?;
+        match self.medium {
+            MediumKind::Nvdimm => nvdimm::forget(self, range),
             MediumKind::Dax | MediumKind::File => Ok(()),
         }
     }

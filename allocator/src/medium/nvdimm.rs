@@ -206,9 +206,14 @@ fn push(found: &mut Vec<Range<u64>>, run: Range<u64>) {
     }
 }
 
-pub(super) fn forget(mapping: &Mapping) -> io::Result<()> {
-    // SAFETY: the range is exactly that of the mapping; its private pages go, and it stays mapped and readable. That
-    // nobody relies on those pages' content is what `forget_private` asks of its caller.
-    let forgotten = unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), mapping.len(), Advice::LinuxDontNeed) };
+pub(super) fn forget(mapping: &Mapping, range: Range<usize>) -> io::Result<()> {
+    let length = range.len();
+    if range.end > mapping.len() || !range.start.is_multiple_of(PAGE_SIZE as usize) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the range lies in the mapping; its private pages go, and it stays mapped and readable. That nobody relies on those
+    // pages' content is what `forget_private` and `give_up` ask of their callers.
+    let forgotten =
+        unsafe { rustix::mm::madvise(mapping.as_ptr().add(range.start).cast(), length, Advice::LinuxDontNeed) };
     Ok(forgotten?)
 }

@@ -9,7 +9,7 @@ use tests::lab::machine::{L1, Options, in_emulation};
 use crate::outages::assert_frozen;
 
 const SOON: Duration = Duration::from_secs(60);
-const GUEST_BOOT: Duration = Duration::from_secs(180);
+const GUEST_BOOT: Duration = Duration::from_secs(300);
 /// How long the VM is gone. A peer retransmits some times in it.
 const OUTAGE: Duration = Duration::from_secs(3);
 /// Numbered lines that must reach the peer before the outage, and after it.
@@ -30,7 +30,7 @@ fn boot(disk: &Disk, script: &str) -> L1 {
     };
     let mut l1 = L1::boot(&options);
     l1.check(BRIDGE, SOON);
-    l1.spawn("nc -l -p 7000 >/tmp/received; echo ended", "/tmp/peer");
+    l1.spawn("sleep 1000000 | nc -l -p 7000 >/tmp/received; echo ended", "/tmp/peer");
     // What the guest sends of itself: nothing but what the script says.
     let script = format!(
         "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6\n\

@@ -97,6 +97,10 @@ impl Inspection {
             line("memory", config.memory.to_string());
             line("kernel", serde_json::to_string(&config.kernel)?);
             line("cmdline", config.cmdline.clone());
+            if let Some(balloon) = self.survey.status.as_ref().and_then(|status| status.balloon) {
+                let (actual, target) = (output::bytes(balloon.actual), output::bytes(balloon.target));
+                line("balloon", format!("{actual}, to be {target}"));
+            }
             config.net.iter().for_each(|card| line("net", card.to_string()));
             config.vsock.iter().for_each(|vsock| line("vsock", vsock.to_string()));
             line("serial", serde_json::to_string(&config.serial)?);

@@ -1,5 +1,6 @@
 //! The command line: one command a file.
 
+mod balloon;
 mod bench;
 mod console;
 mod demo;
@@ -85,6 +86,8 @@ enum Command {
     Inspect(inspect::Args),
     Console(console::Args),
     Stop(stop::Args),
+    /// Take memory from a running guest, or give it back
+    Balloon(balloon::Args),
     /// Stop a virtual machine's CPUs where they are
     Pause(pause::Args),
     /// Let a paused virtual machine run on
@@ -189,6 +192,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Inspect(args) => inspect::run(&environment, &args).map(done),
         Command::Console(args) => console::run(&environment, &args).map(done),
         Command::Stop(args) => stop::run(&environment, &args).map(done),
+        Command::Balloon(args) => balloon::run(&environment, &args).map(done),
         Command::Pause(args) => pause::pause(&environment, &args).map(done),
         Command::Unpause(args) => pause::unpause(&environment, &args).map(done),
         Command::Snapshot(args) => snapshot::run(&environment, &args).map(done),

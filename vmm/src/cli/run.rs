@@ -87,6 +87,11 @@ pub(super) struct Args {
     /// Give it a source of randomness (virtio-rng): what it draws after a resume or a rollback is new
     #[arg(long)]
     rng: bool,
+    /// Give it a memory balloon (virtio-balloon): memory that the guest has free is given back, with --ram and on the medium nvdimm
+    ///
+    /// A guest that reports free pages (Linux from 5.7 on) does so by itself. `perdure balloon` takes memory from it beyond that.
+    #[arg(long)]
+    balloon: bool,
     /// Give it a network card (virtio-net) on a tap that exists, as in tap=vm0 or tap=vm0,mac=02:00:5e:10:00:01; once for each card
     ///
     /// `ip tuntap add vm0 mode tap user $(id -un)` makes a tap, `ip link set vm0 up` and an address or a bridge (`ip link set vm0 master
@@ -244,6 +249,7 @@ impl Args {
         config.medium = self.medium.or(config.medium);
         config.clock = self.clock.unwrap_or(config.clock);
         config.rng |= self.rng;
+        config.balloon |= self.balloon;
         if !self.disks.is_empty() {
             config.disks = self.disks.iter().map(absolute).collect::<anyhow::Result<_>>()?;
         }

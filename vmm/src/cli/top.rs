@@ -42,6 +42,8 @@ struct Row {
     limit: Option<u64>,
     /// Bytes in the swap region alone.
     swap: Option<u64>,
+    /// Bytes of memory that its guest has given away.
+    balloon: Option<u64>,
     /// The memory residence ratio, in per cent.
     mrr: Option<f64>,
     /// Faults a second that waited for the swap region.
@@ -81,7 +83,8 @@ fn show(rows: &[Row], look: &Look, args: &Args) -> anyhow::Result<()> {
         say!("{}", look.title());
     }
     let cells: Vec<_> = rows.iter().map(Row::cells).collect();
-    let headings = ["NAME", "STATE", "RAM", "LIMIT", "SWAP", "MRR", "FAULTS/S", "SOFT/S", "DIRTY", "GENERATION"];
+    let headings =
+        ["NAME", "STATE", "RAM", "LIMIT", "SWAP", "BALLOON", "MRR", "FAULTS/S", "SOFT/S", "DIRTY", "GENERATION"];
     output::table(&headings, &cells);
     Ok(())
 }
@@ -96,6 +99,7 @@ impl Row {
             bytes(self.ram),
             bytes(self.limit),
             bytes(self.swap),
+            bytes(self.balloon),
             self.mrr.map_or_else(|| "-".to_owned(), |mrr| format!("{mrr:.1} %")),
             number(self.hard_faults_per_second),
             number(self.soft_faults_per_second),
@@ -165,6 +169,7 @@ impl Look {
             ram: paged.map(|paged| paged.resident * paged.cluster),
             limit: self.granted.get(&format!("{}/ram", vm.name)).copied(),
             swap: paged.map(|paged| paged.swapped * paged.cluster),
+            balloon: vm.status.as_ref().and_then(|status| status.balloon).map(|balloon| balloon.actual),
             mrr: paged.map(|paged| paged.residence),
             hard_faults_per_second: rate(|paged| paged.hard_faults),
             soft_faults_per_second: rate(|paged| paged.soft_faults),

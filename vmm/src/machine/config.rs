@@ -170,6 +170,9 @@ pub struct VmConfig {
     /// Whether it has a source of randomness (virtio-rng).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub rng: bool,
+    /// Whether it has a memory balloon (virtio-balloon).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub balloon: bool,
     /// Its network cards (virtio-net).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<NetConfig>,
@@ -201,6 +204,7 @@ impl Default for VmConfig {
             serial: SerialTarget::Stdio,
             clock: ClockPolicy::default(),
             rng: false,
+            balloon: false,
             net: Vec::new(),
             vsock: None,
             snapshot_every_ms: None,

@@ -68,6 +68,15 @@ pub enum DeviceError {
     /// A guest's sockets.
     #[error(transparent)]
     Sockets(#[from] SocketError),
+    /// A device's bell.
+    #[error("cannot make an event descriptor for the device {device}")]
+    Bell {
+        /// Which.
+        device: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// A device's thread.
     #[error("cannot start the thread of the device {device}")]
     Thread {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use allocator::medium::write_watch::WriteWatch;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
@@ -48,6 +48,11 @@ pub unsafe trait HostMemory: Send + Sync + std::fmt::Debug {
     fn hurry(&self, hurry: bool) {
         let _ = hurry;
     }
+    /// The guest needs nothing of what lies in `length` bytes from `offset` on, whole pages: from now on they are zeros, or what they were
+    /// at some time. Nobody accesses them meanwhile.
+    fn give_up(&self, offset: u64, length: u64) {
+        let _ = (offset, length);
+    }
     /// Copies bytes out, wherever they are, without bringing them in. `false`: there is no such way; bring them in and read them.
     ///
     /// # Errors
@@ -66,6 +71,13 @@ unsafe impl HostMemory for allocator::Mapping {
 
     fn len(&self) -> usize {
         Self::len(self)
+    }
+
+    fn give_up(&self, offset: u64, length: u64) {
+        // What could not be given up is still there, which is as good.
+        if let Err(error) = Self::give_up(self, offset, length) {
+            tracing::debug!("{length} bytes of RAM at {offset:#x} are not given back: {error}");
+        }
     }
 }
 
@@ -233,6 +245,24 @@ impl GuestRam {
     /// vCPUs are being stopped, or were: see [`HostMemory::hurry`].
     pub(super) fn hurry(&self, hurry: bool) {
         self.host.hurry(hurry);
+    }
+
+    /// The guest needs nothing of what lies in `length` bytes from `start` on, whole pages of its memory. See [`HostMemory::give_up`].
+    pub(super) fn give_up(&self, start: GuestAddress, length: u64) {
+        let Some(end) = start.0.checked_add(length) else { return };
+        let mut offset = 0;
+        for range in &self.ranges {
+            let (first, past) = (start.0.max(range.guest_address), end.min(range.guest_address + range.length));
+            if first < past {
+                self.host.give_up(offset + (first - range.guest_address), past - first);
+            }
+            offset += range.length;
+        }
+        // What a generation holds of it is not what is there any more.
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        for piece in self.memory.get_slices(start, length).flatten() {
+            piece.bitmap().mark_dirty(0, piece.len());
+        }
     }
 
     /// Who sees the guest's writes.

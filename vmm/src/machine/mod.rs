@@ -46,6 +46,7 @@ use kvm::vm::Outage;
 use kvm::{Host, KvmError, Vcpu, VcpuEvent, VcpuFailure, VcpuStateV1, Vm, VmStateV1, cpuid, registers};
 use memory::GuestRam;
 use virtio::Attachment;
+use virtio::balloon::BalloonControl;
 
 /// What a machine tells its owner while it runs; from any thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,6 +143,7 @@ pub struct Machine {
     msr_indices: Arc<[u32]>,
     buses: Arc<Buses>,
     devices: Devices,
+    balloon: Option<BalloonControl>,
     events: MachineEvents,
 }
 
@@ -156,7 +158,13 @@ impl Machine {
             return Err(KvmError::TooManyCpus { asked: config.cpus, most }.into());
         }
         let vm = Vm::create(&host, &ram)?;
-        let attachments = wiring.attachments.into_iter().chain(virtio::built_in(config)).collect();
+        let mut attachments: Vec<_> = wiring.attachments.into_iter().chain(virtio::built_in(config)).collect();
+        let balloon = config.balloon.then(|| virtio::balloon::attach(&ram)).transpose();
+        let balloon = balloon.map_err(|source| DeviceError::Bell { device: "balloon", source })?;
+        let balloon = balloon.map(|(attachment, control)| {
+            attachments.push(attachment);
+            control
+        });
         let (devices, buses) = Devices::assemble(&vm, &ram, wiring.serial_output, &wiring.events, attachments)?;
         let msr_indices = host.msr_indices()?.into();
         Ok(Self {
@@ -168,6 +176,7 @@ impl Machine {
             msr_indices,
             buses: Arc::new(buses),
             devices,
+            balloon,
             events: wiring.events,
         })
     }
@@ -265,6 +274,12 @@ impl Machine {
             self.vcpus.push(Vcpu::start(&self.vm, index, fd, msrs, buses, Arc::clone(&events))?);
         }
         Ok(())
+    }
+
+    /// Its memory balloon, if it has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&BalloonControl> {
+        self.balloon.as_ref()
     }
 
     /// Lets the vCPUs run.

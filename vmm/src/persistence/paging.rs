@@ -97,6 +97,13 @@ unsafe impl HostMemory for PagedMemory {
         self.0.hurry(hurry);
     }
 
+    /// Whole clusters of it: they are in no frame and no slot then.
+    fn give_up(&self, offset: u64, length: u64) {
+        if let Err(error) = self.0.discard(offset, length) {
+            tracing::debug!("{length} bytes of paged memory at {offset:#x} are not given back: {error}");
+        }
+    }
+
     fn copy_out(&self, offset: u64, into: &mut [u8]) -> Result<bool, Box<dyn Error + Send + Sync>> {
         self.0.read(offset, into)?;
         Ok(true)

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::console::Console;
 use super::generations::GenerationsStatus;
 use crate::machine::config::VmConfig;
+use crate::machine::virtio::balloon::BalloonStatus;
 use crate::persistence::capture::CaptureReport;
 use crate::persistence::freeze::FreezeReport;
 use crate::persistence::lifecycle::State;
@@ -56,6 +57,11 @@ pub enum Request {
     Unpause,
     /// Press the power button: the guest is to turn itself off. Refused if it does not listen.
     PressPowerButton,
+    /// Make its memory balloon so large.
+    Balloon {
+        /// Of the guest's memory.
+        bytes: u64,
+    },
     /// Turn the VM off, as if its power button were held.
     Stop,
     /// Join this connection to the serial line.
@@ -109,6 +115,9 @@ pub struct Status {
     /// Where its memory is; `None` if all of it is RAM.
     #[serde(default)]
     pub paged: Option<PagedStatus>,
+    /// Its memory balloon, if it has one.
+    #[serde(default)]
+    pub balloon: Option<BalloonStatus>,
     /// How its generations fare.
     pub generations: GenerationsStatus,
 }

@@ -42,8 +42,9 @@ use ram_budget::{Place, RamBudget};
 use terminal::Keyboard;
 use wake::Wake;
 
-use crate::machine::config::SerialTarget;
+use crate::machine::config::{ByteSize, SerialTarget};
 use crate::machine::kvm::{Host, KvmError, VcpuFailure};
+use crate::machine::virtio::balloon::BalloonControl;
 use crate::machine::{Machine, MachineError, MachineEvent, Wiring};
 use crate::persistence::capture::CaptureError;
 use crate::persistence::context::ConsoleStateV1;
@@ -450,6 +451,7 @@ impl Supervisor {
             }
             Request::Pause => self.set_paused(true)?,
             Request::Unpause => self.set_paused(false)?,
+            Request::Balloon { bytes } => self.set_balloon(bytes),
             Request::PressPowerButton if self.machine.press_power_button()? => Response::Done,
             Request::PressPowerButton => Response::Refused { why: "nobody listens to its power button".to_owned() },
             Request::Stop => {
@@ -460,6 +462,21 @@ impl Supervisor {
         };
         reply.send(&response);
         Ok(ended)
+    }
+
+    fn set_balloon(&self, bytes: u64) -> Response {
+        let refused = |why| Response::Refused { why };
+        let Some(balloon) = self.machine.balloon() else {
+            return refused("the VM has no memory balloon: `run --balloon` gives it one".to_owned());
+        };
+        let memory = self.machine.config().memory;
+        if bytes > memory.0 {
+            return refused(format!("a balloon of {} does not fit in {memory} of memory", ByteSize(bytes)));
+        }
+        match balloon.set_target(bytes) {
+            Ok(()) => Response::Done,
+            Err(error) => refused(format!("the guest cannot be told: {error}")),
+        }
     }
 
     /// Stops the vCPUs at a user's wish, or lets them run on. Twice is once.
@@ -493,6 +510,7 @@ impl Supervisor {
             paused: self.paused,
             restoring: self.restoring_status(),
             paged: self.regions.pager().map(|pager| PagedStatus::new(&pager.status(), self.swap_full)),
+            balloon: self.machine.balloon().map(BalloonControl::status),
             generations: self.generations.status(),
         }
     }

@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// What the driver counts in, whatever the size of its own pages (virtio 1.2, section 5.5.6).
 pub const PAGE: u64 = 4096;
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Pages {
     target: AtomicU32,
     actual: AtomicU32,
 }
 
 /// Sizes of a balloon, in bytes. The device's source must become ready after a new target is set, or the driver does not hear of it.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct BalloonSize(Arc<Pages>);
 
 impl BalloonSize {

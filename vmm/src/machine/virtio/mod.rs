@@ -4,6 +4,7 @@
 //! guest of both ([`AcpiNode`]). Numbers follow the order of the VM's configuration, so that a device is at the same place after a resume.
 
 mod acpi;
+pub mod balloon;
 pub mod disk;
 mod links;
 pub mod sockets;
