@@ -18,8 +18,8 @@ use super::restoring::{Destination, PagedMemory, Paging, Restoring, RestoringErr
 use crate::machine::config::VmConfig;
 use crate::machine::kvm::Host;
 use crate::machine::memory::{GuestRam, HostMemory, MemoryError};
-use crate::machine::virtio::disk::Moment;
 use crate::machine::virtio::Links;
+use crate::machine::virtio::disk::Moment;
 use crate::machine::{Machine, MachineError, Wiring};
 
 /// What can go wrong with a VM's regions.
