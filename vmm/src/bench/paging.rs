@@ -26,13 +26,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use allocator::MediumKind;
+use allocator::paging::PagingStatus;
 use guests::pages::{List, ListError};
 use serde::Serialize;
 
 use super::patterns::{Pattern, Workload};
 use super::{BenchError, BenchPool};
 use crate::machine::config::{ByteSize, Kernel, SerialTarget, VmConfig};
-use crate::persistence::paging::PagedStatus;
 use crate::persistence::regions::VmRegions;
 use group::MemoryGroup;
 use guard::{Guard, Leftovers};
@@ -345,18 +345,18 @@ impl<'a> Walk<'a> {
         let seconds = Duration::from_nanos(last.at_ns - first.at_ns).as_secs_f64();
         let per_second = |first: u64, last: u64| Some(last.saturating_sub(first) as f64 / seconds);
         let rate = |of: fn(&Sample) -> u64| per_second(of(&first), of(&last));
-        let paged = |of: fn(&PagedStatus) -> u64| {
+        let paged = |of: fn(&PagingStatus) -> u64| {
             let (first, last) = first.paged.as_ref().zip(last.paged.as_ref())?;
-            per_second(of(first), of(last))
+            per_second(of(&first.counts), of(&last.counts))
         };
         Ok(LegResult {
             pages_per_second: rate(|sample| sample.accesses),
             pages_per_cpu_second: per_cpu_second(&first, &last),
             major_faults_per_second: rate(|sample| sample.major),
             minor_faults_per_second: rate(|sample| sample.minor),
-            hard_faults_per_second: paged(|paged| paged.hard_faults),
-            soft_faults_per_second: paged(|paged| paged.soft_faults),
-            read_ahead_per_second: paged(|paged| paged.read_ahead),
+            hard_faults_per_second: paged(|counts| counts.hard_faults),
+            soft_faults_per_second: paged(|counts| counts.soft_faults),
+            read_ahead_per_second: paged(|counts| counts.read_ahead),
             limit,
             warm_up_ms: Some(first.at_ns / 1_000_000),
             ..LegResult::none(Leg::Process)

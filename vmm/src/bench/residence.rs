@@ -14,7 +14,7 @@
 //!
 //! Time begins where the VM's process can begin to resume, restore or boot it: the start of the process is no part of it, nor is
 //! the outage. The *memory residence ratio* is that of clusters in RAM among those in RAM or swap, in per cent. *Faults* are those that waited for
-//! the swap region. A VM is *back* once, in a window of [`WINDOW`], its
+//! the swap region, or for the generation that memory is restored from. A VM is *back* once, in a window of [`WINDOW`], its
 //! faults an access are at most a quarter more and its pages a second at least three quarters of what they were on average before, its
 //! residence is no more than two points from what it was, and all stay so for the next window. (Faults an access, since a machine that
 //! has become quicker meanwhile takes more of them a second.)
@@ -403,8 +403,8 @@ fn points(samples: &[Sample], offset_ms: f64) -> Vec<Point> {
         Some(Point {
             at_ms: now.at_ns as f64 / 1e6 + offset_ms,
             residence: residence(now),
-            faults_per_second: rate(|sample| sample.paged.map_or(sample.major, |paged| paged.hard_faults)),
-            soft_faults_per_second: rate(|sample| sample.paged.map_or(0, |paged| paged.soft_faults)),
+            faults_per_second: rate(|sample| sample.paged.map_or(sample.major, |paged| paged.counts.awaited())),
+            soft_faults_per_second: rate(|sample| sample.paged.map_or(0, |paged| paged.counts.soft_faults)),
             pages_per_second: rate(|sample| sample.accesses),
         })
     };

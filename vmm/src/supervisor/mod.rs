@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use allocator::Pool;
 use allocator::budget::BudgetError;
 use allocator::pager::PagerEvents;
 use allocator::paging::PagingEvents;
@@ -205,7 +206,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// [`SupervisorError`].
-    pub fn boot(pool: PathBuf, regions: VmRegions, keyboard: Keyboard) -> Result<Self, SupervisorError> {
+    pub fn boot(pool: &Pool, regions: VmRegions, keyboard: Keyboard) -> Result<Self, SupervisorError> {
         Self::begin(pool, regions, keyboard, &Beginning::Boot)
     }
 
@@ -215,7 +216,7 @@ impl Supervisor {
     /// # Errors
     /// [`SupervisorError::Resume`] and others; nothing was altered then.
     pub fn resume(
-        pool: PathBuf,
+        pool: &Pool,
         regions: VmRegions,
         keyboard: Keyboard,
         prefetch: bool,
@@ -224,7 +225,7 @@ impl Supervisor {
     }
 
     fn begin(
-        pool: PathBuf,
+        pool: &Pool,
         mut regions: VmRegions,
         keyboard: Keyboard,
         beginning: &Beginning,
@@ -232,7 +233,8 @@ impl Supervisor {
         let system = |doing| move |source| SupervisorError::System { doing, source };
         let power = PowerSignals::catch().map_err(system("catch power-fail signals"))?;
         // Before anything is altered: there may be no RAM for it.
-        let place = Place::take(&pool, &regions)?;
+        let place = Place::take(pool, &regions)?;
+        let pool = pool.dir().to_owned();
         let inboxes = Inboxes::new().map_err(system("make an event descriptor"))?;
         let console = match &regions.config().serial {
             SerialTarget::Stdio if keyboard.has_terminal() => Console::terminal()?,
@@ -488,7 +490,7 @@ impl Supervisor {
             report: self.machine.devices().report().latest(),
             paused: self.paused,
             restoring: self.restoring_status(),
-            paged: self.regions.pager().map(|pager| PagedStatus::new(&pager.status(), self.swap_full)),
+            paged: self.regions.pager().map(|pager| PagedStatus::new(pager.status(), self.swap_full)),
             generations: self.generations.status(),
         }
     }

@@ -108,7 +108,7 @@ pub struct Sample {
 #[derive(Debug, Serialize, Deserialize)]
 enum Line {
     Ready,
-    Sample(Sample),
+    Sample(Box<Sample>),
     /// A power-fail signal came, and everything is durable: since how many nanoseconds after it.
     Frozen(u64),
     Failed(String),
@@ -170,7 +170,7 @@ impl Worker {
     /// It failed, or says nothing any more.
     pub(in crate::bench) fn sample(&mut self) -> Result<Sample, PagingError> {
         match self.line()? {
-            Line::Sample(sample) => Ok(sample),
+            Line::Sample(sample) => Ok(*sample),
             other => Err(unexpected(other)),
         }
     }
@@ -263,14 +263,14 @@ fn walk(spec: &Spec) -> Result<(), PagingError> {
         }
         Part::Guest { pool, name, begin } => {
             wait_for_go().map_err(system("hear from the bench"))?;
-            let opened = allocator::Pool::open(pool, Arc::new(vfs::host::HostVfs)).map_err(BenchError::from)?;
-            let regions = VmRegions::open(&opened, name).map_err(BenchError::from)?;
+            let pool = allocator::Pool::open(pool, Arc::new(vfs::host::HostVfs)).map_err(BenchError::from)?;
+            let regions = VmRegions::open(&pool, name).map_err(BenchError::from)?;
             let start = Instant::now();
-            let (pool, keyboard) = (pool.clone(), Keyboard::none());
+            let keyboard = Keyboard::none();
             let begun = match begin {
-                Begin::Boot => Supervisor::boot(pool, regions, keyboard),
-                Begin::Resume { prefetch } => Supervisor::resume(pool, regions, keyboard, *prefetch),
-                Begin::ResumeFromSwap => Supervisor::resume(pool, regions, keyboard, true),
+                Begin::Boot => Supervisor::boot(&pool, regions, keyboard),
+                Begin::Resume { prefetch } => Supervisor::resume(&pool, regions, keyboard, *prefetch),
+                Begin::ResumeFromSwap => Supervisor::resume(&pool, regions, keyboard, true),
             };
             let mut supervisor = begun.map_err(BenchError::from)?;
             let mut began = start;
@@ -292,7 +292,7 @@ fn squeeze(supervisor: &mut Supervisor) -> Result<(), PagingError> {
     }
     let began = Instant::now();
     supervisor.set_ram(0);
-    while supervisor.paged().is_some_and(|paged| paged.resident > paged.frames) {
+    while supervisor.paged().is_some_and(|paged| paged.counts.resident > paged.counts.frames) {
         if let Some(ended) = supervisor.serve_a_while(SQUEEZE).map_err(BenchError::from)? {
             return Err(BenchError::Guest(format!("{ended:?}")).into());
         }
@@ -300,7 +300,7 @@ fn squeeze(supervisor: &mut Supervisor) -> Result<(), PagingError> {
             return Err(BenchError::Guest("its memory does not leave RAM".to_owned()).into());
         }
     }
-    supervisor.set_ram(paged.frames * paged.cluster);
+    supervisor.set_ram(paged.counts.frames * paged.counts.cluster);
     Ok(())
 }
 
@@ -334,7 +334,7 @@ fn native(mut walker: Walker, every: Duration) -> Result<(), PagingError> {
         if let Ok(damaged) = failure.recv_timeout(every) {
             return Err(BenchError::Guest(damaged.to_string()).into());
         }
-        say(&Line::Sample(sample(began, accesses.load(Ordering::Relaxed)))).map_err(system)?;
+        say(&Line::Sample(Box::new(sample(began, accesses.load(Ordering::Relaxed))))).map_err(system)?;
     }
 }
 
@@ -343,7 +343,7 @@ fn guest(mut supervisor: Supervisor, began: Instant, every: Duration) -> Result<
     loop {
         let accesses = supervisor.guest_word(PROGRESS_ADDRESS).unwrap_or(0);
         let (paged, restored) = (supervisor.paged(), supervisor.restored());
-        say(Line::Sample(Sample { paged, restored, ..sample(began, accesses) }))?;
+        say(Line::Sample(Box::new(Sample { paged, restored, ..sample(began, accesses) })))?;
         match supervisor.serve_a_while(every).map_err(BenchError::from)? {
             None => {}
             Some(Ended::Frozen(report)) => {
