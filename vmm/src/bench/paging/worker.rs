@@ -37,6 +37,8 @@ const SQUEEZE: Duration = Duration::from_millis(5);
 const SQUEEZE_MOST: Duration = Duration::from_secs(30);
 /// How long a guest runs before its RAM is taken away.
 const SETTLE: Duration = Duration::from_secs(2);
+/// Names of the threads of [`allocator::paging`], and of the one that takes part in the budget.
+const PAGERS: [&str; 5] = ["faults", "evict", "ahead", "fetch", "budget"];
 /// How long a worker may be silent.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -97,8 +99,10 @@ pub struct Sample {
     pub major: u64,
     /// Its other page faults (`minflt`).
     pub minor: u64,
-    /// Processor time of the process, its guest's included, in clock ticks ([`rustix::param::clock_ticks_per_second`]).
-    pub ticks: u64,
+    /// Processor time of the process, its guest's included, in nanoseconds.
+    pub cpu_ns: u64,
+    /// Of that, what the threads took that page, and that take part in the budget of RAM.
+    pub pager_ns: u64,
     /// Where the guest's memory is, if it is paged.
     pub paged: Option<PagedStatus>,
     /// How far it is restored, if it is: clusters that are there, and all.
@@ -175,15 +179,39 @@ impl Worker {
         }
     }
 
+    /// What it has told so far does not matter.
+    pub(in crate::bench) fn forget(&mut self) {
+        self.lines.try_iter().for_each(drop);
+    }
+
+    /// It stands still until [`Worker::go_on`].
+    ///
+    /// # Errors
+    /// It is gone.
+    pub(in crate::bench) fn halt(&self) -> Result<(), PagingError> {
+        self.signal(Signal::STOP)
+    }
+
+    /// See [`Worker::halt`].
+    ///
+    /// # Errors
+    /// It is gone.
+    pub(in crate::bench) fn go_on(&self) -> Result<(), PagingError> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), PagingError> {
+        let system = |source: rustix::io::Errno| BenchError::System { doing: "signal a worker", source: source.into() };
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        Ok(kill_process(pid.ok_or_else(|| system(rustix::io::Errno::SRCH))?, signal).map_err(system)?)
+    }
+
     /// The power fails. Waits until everything is durable and the process gone; returns how long that took, in nanoseconds.
     ///
     /// # Errors
     /// It could not be frozen.
     pub(in crate::bench) fn power_fail(mut self) -> Result<u64, PagingError> {
-        let system = |source: rustix::io::Errno| BenchError::System { doing: "signal a worker", source: source.into() };
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| system(rustix::io::Errno::SRCH))?;
-        kill_process(pid, Signal::POWER).map_err(system)?;
+        self.signal(Signal::POWER)?;
         loop {
             match self.line()? {
                 Line::Sample(_) => {}
@@ -358,26 +386,36 @@ fn guest(mut supervisor: Supervisor, began: Instant, every: Duration) -> Result<
 
 fn sample(began: Instant, accesses: u64) -> Sample {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let Costs { minor, major, ticks } = Costs::read(&stat);
-    Sample { at_ns: nanoseconds(began.elapsed()), accesses, major, minor, ticks, paged: None, restored: None }
+    let Faults { minor, major } = Faults::read(&stat);
+    let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let cpu_ns = Duration::try_from(cpu).map_or(0, nanoseconds);
+    let (at_ns, pager_ns) = (nanoseconds(began.elapsed()), pager_ns());
+    Sample { at_ns, accesses, major, minor, cpu_ns, pager_ns, paged: None, restored: None }
 }
 
-/// What a process took.
+/// Processor time of the threads in [`PAGERS`], from `/proc/self/task/*/schedstat` (Linux, `Documentation/scheduler/sched-stats.rst`: its first
+/// number is nanoseconds on a CPU); 0 where the kernel does not count it.
+fn pager_ns() -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten().map(|task| task.path());
+    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    let pagers = tasks.filter(|task| PAGERS.contains(&read(task.join("comm")).trim()));
+    pagers.filter_map(|task| read(task.join("schedstat")).split(' ').next()?.parse::<u64>().ok()).sum()
+}
+
+/// A process's page faults.
 #[derive(Debug, PartialEq, Eq)]
-struct Costs {
+struct Faults {
     minor: u64,
     major: u64,
-    ticks: u64,
 }
 
-impl Costs {
-    /// From `/proc/self/stat` (proc(5)): faults are its 10th and 12th field, times its 14th (user, guest included) and 15th (system). The
-    /// 2nd, a name, may hold spaces.
+impl Faults {
+    /// From `/proc/self/stat` (proc(5)): its 10th and 12th field. The 2nd, a name, may hold spaces.
     fn read(stat: &str) -> Self {
         let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace().skip(7);
         let mut numbers = fields.map(|field| field.parse::<u64>().unwrap_or(0));
         let mut next = |skipped: usize| numbers.nth(skipped).unwrap_or(0);
-        Self { minor: next(0), major: next(1), ticks: next(1).saturating_add(next(0)) }
+        Self { minor: next(0), major: next(1) }
     }
 }
 
@@ -386,10 +424,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn costs_are_found_behind_any_name() {
+    fn faults_are_found_behind_any_name() {
         let stat = "1 (a) b (c) S 4 5 6 7 8 9 1010 11 1212 13 1400 15 16 17";
-        assert_eq!(Costs::read(stat), Costs { minor: 1010, major: 1212, ticks: 1415 });
-        assert_eq!(Costs::read("nonsense"), Costs { minor: 0, major: 0, ticks: 0 });
+        assert_eq!(Faults::read(stat), Faults { minor: 1010, major: 1212 });
+        assert_eq!(Faults::read("nonsense"), Faults { minor: 0, major: 0 });
+    }
+
+    #[test]
+    fn processor_time_of_pagers_is_that_of_their_threads() {
+        let (end, ended) = mpsc::channel::<()>();
+        let spin = move || while matches!(ended.try_recv(), Err(mpsc::TryRecvError::Empty)) {};
+        let thread = std::thread::Builder::new().name("evict".to_owned()).spawn(spin).unwrap();
+        let began = Instant::now();
+        let before = sample(began, 0).pager_ns;
+        while sample(began, 0).pager_ns == before {
+            assert!(began.elapsed() < Duration::from_secs(30), "a thread that spins takes no time");
+        }
+        drop(end);
+        thread.join().unwrap();
+        assert!(sample(began, 0).pager_ns <= sample(began, 0).cpu_ns);
+    }
+
+    #[test]
+    fn processor_time_is_what_this_process_worked() {
+        let began = Instant::now();
+        let before = sample(began, 0).cpu_ns;
+        while sample(began, 0).cpu_ns < before + 2_000_000 {
+            assert!(began.elapsed() < Duration::from_secs(30), "it stands still");
+        }
     }
 
     #[test]

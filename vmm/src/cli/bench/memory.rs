@@ -7,10 +7,11 @@ use anyhow::Context as _;
 
 use super::super::output::{self, say};
 use super::{Results, tell};
+use crate::bench::paging::overhead::Overhead;
 use crate::bench::paging::{self, Leg, LegResult, PagingResult};
 use crate::bench::patterns::Pattern;
 use crate::bench::plot::{self, Chart, Group, Series};
-use crate::bench::residence::{self, Level, Point, ResidenceResult, Return};
+use crate::bench::residence::{self, Level, Point, ResidenceResult, Return, Way};
 use crate::bench::{BenchPool, Conditions};
 use crate::machine::config::ByteSize;
 
@@ -76,6 +77,9 @@ pub(super) struct ResidenceArgs {
     /// How many VMs share the RAM; numbers separated by commas
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,2", value_parser = clap::value_parser!(u32).range(1..=16))]
     vms: Vec<u32>,
+    /// Ways back, separated by commas
+    #[arg(long, value_enum, value_name = "WAY", value_delimiter = ',', default_values_t = Way::ALL)]
+    way: Vec<Way>,
     /// How long it is observed before the outage, after once through its list
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
     before: std::time::Duration,
@@ -121,8 +125,10 @@ pub(super) fn paging(parent: &Path, args: &PagingArgs) -> anyhow::Result<()> {
         if let Some(ratio) = result.ratio {
             say!("{pattern}: {ratio:.2} times the kernel's swap");
         }
-        if let Some(overhead) = result.overhead_percent {
-            say!("{pattern}: where all fits, the pager costs {overhead:.1} %");
+        if let Some(Overhead { percent, quartiles: [low, high], pairs, threads_percent, .. }) = &result.overhead {
+            say!(
+                "{pattern}: where all fits, the pager costs {percent:.1} % (quartiles {low:.1} and {high:.1}, {pairs} pairs); its threads took {threads_percent:.2} % of the processor time"
+            );
         }
     }
     for absent in results.iter().take(1).flat_map(|result| &result.legs).filter_map(|leg| leg.absent.as_ref()) {
@@ -235,6 +241,7 @@ pub(super) fn residence(parent: &Path, args: &ResidenceArgs) -> anyhow::Result<(
             let plan = residence::Plan {
                 ram: args.walk.ram,
                 vms: *vms,
+                ways: args.way.clone(),
                 medium: Some(args.walk.medium),
                 write_percent: args.walk.writes,
                 seed: args.walk.seed,
