@@ -97,9 +97,17 @@ fn residence_after_a_resume_in_place_is_that_of_before() {
         let at = |name: &str| way(name)["at_outage"]["residence"].as_f64().expect("a residence");
         assert!((at("in-place") - before).abs() < 5.0, "{} after {before}", at("in-place"));
         assert!(at("from-swap") < before * 0.9, "all of it was in swap: {}", at("from-swap"));
+        for lazily in ["lazily", "lazily-on-demand"] {
+            assert!(at(lazily) < before * 0.9, "all of it was in the generation: {}", at(lazily));
+            let series = way(lazily)["series"].as_array().expect("moments").clone();
+            let faults = series.iter().filter_map(|moment| moment["faults_per_second"].as_f64());
+            assert!(faults.sum::<f64>() > 0.0, "the guest waited for none of it: {}", way(lazily));
+        }
+        for back in vm["returns"].as_array().expect("ways") {
+            assert!(back["absent"].is_null() && back["after"].is_object(), "{back}");
+        }
         let series = way("in-place")["series"].as_array().expect("moments").len();
         assert!(series >= 10, "{series} moments");
-        assert!(way("lazily")["absent"].is_string() || way("lazily")["at_outage"].is_object());
     }
     nothing_is_left(perdure.pool());
 }

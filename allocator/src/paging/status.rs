@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::name::RegionName;
@@ -104,8 +105,9 @@ pub enum PagingEvent {
 /// Is told what a pager tells.
 pub type PagingEvents = Arc<dyn Fn(PagingEvent) + Send + Sync>;
 
-/// Where memory is, and what it took so far. All counts are of clusters.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// Where memory is, and what it took so far. All counts are of clusters. One that an older pager did not tell is 0.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PagingStatus {
     /// Of the guest's memory.
     pub clusters: u64,
@@ -154,5 +156,11 @@ impl PagingStatus {
     pub fn residence(&self) -> f64 {
         let all = self.resident + self.swapped + self.elsewhere;
         if all == 0 { 100.0 } else { self.resident as f64 * 100.0 / all as f64 }
+    }
+
+    /// Faults that waited for storage: for the swap region, or for the source.
+    #[must_use]
+    pub fn awaited(&self) -> u64 {
+        self.hard_faults.saturating_add(self.source_faults)
     }
 }

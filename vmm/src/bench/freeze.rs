@@ -50,7 +50,7 @@ pub fn measure(pool: &BenchPool, shape: Shape, dirty: ByteSize, runs: usize) -> 
         let cmdline = format!("pattern=sequential ws={} write=100 report={pages}", dirty.0);
         pool.vm(&name, &shape, "memwalk", &cmdline)?
     };
-    let mut supervisor = Supervisor::boot(pool.directory().to_owned(), regions, Keyboard::none())?;
+    let mut supervisor = Supervisor::boot(pool.pool(), regions, Keyboard::none())?;
     let mut samples = Vec::with_capacity(runs);
     for _ in 0..runs {
         wait_for_dirt(&supervisor, pages > 0)?;

@@ -33,7 +33,7 @@ use allocator::{MediumKind, Pool};
 use serde::Serialize;
 use vfs::host::HostVfs;
 
-use crate::machine::config::{Kernel, SerialTarget, VmConfig};
+use crate::machine::config::{ByteSize, Kernel, SerialTarget, VmConfig};
 use crate::persistence::regions::{RegionsError, VmRegions};
 use crate::supervisor::SupervisorError;
 
@@ -185,6 +185,7 @@ impl BenchPool {
         let config = VmConfig {
             cpus: shape.cpus,
             memory: shape.memory,
+            ram: shape.ram,
             medium: shape.medium,
             kernel: Kernel::Guest(guest.to_owned()),
             cmdline: cmdline.to_owned(),
@@ -209,7 +210,10 @@ pub struct Shape {
     /// Its vCPUs.
     pub cpus: u32,
     /// Its memory.
-    pub memory: crate::machine::config::ByteSize,
+    pub memory: ByteSize,
+    /// RAM, where it is less.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram: Option<ByteSize>,
     /// What it lies on; the pool's default if not given.
     pub medium: Option<MediumKind>,
 }

@@ -11,7 +11,7 @@
 //! | `guest` | the guest `pages` | no limit: the same, in a VM |
 //! | `perdure` | the guest | RAM by `--ram`, the rest in a swap region; a cgroup with that much and an overhead that is told, so that no page cache helps |
 //! | `fits` | the guest, over a working set of half the RAM | no limit |
-//! | `fits-paged` | the same | RAM by `--ram`: what the pager costs where nothing is swapped |
+//! | `fits-paged` | the same | RAM by `--ram`: what the pager costs where nothing is swapped ([`overhead`]) |
 //!
 //! What is not permitted here is told, and is absent in the results; a leg that fails is told to have, and its numbers are none. The others are
 //! measured in either case.
@@ -19,6 +19,7 @@
 mod group;
 pub mod guard;
 mod native;
+pub mod overhead;
 mod swap;
 pub mod worker;
 
@@ -26,16 +27,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use allocator::MediumKind;
+use allocator::paging::PagingStatus;
 use guests::pages::{List, ListError};
 use serde::Serialize;
 
 use super::patterns::{Pattern, Workload};
 use super::{BenchError, BenchPool};
 use crate::machine::config::{ByteSize, Kernel, SerialTarget, VmConfig};
-use crate::persistence::paging::PagedStatus;
 use crate::persistence::regions::VmRegions;
 use group::MemoryGroup;
 use guard::{Guard, Leftovers};
+use overhead::Overhead;
 pub use worker::Sample;
 use worker::{Begin, Part, Spec, Worker};
 
@@ -48,8 +50,6 @@ const SAMPLE_MS: u64 = 50;
 const SPARE: u64 = 1 << 20;
 /// How long a walk may take until its time counts.
 const WARM_UP_MOST: Duration = Duration::from_secs(300);
-/// How often legs that differ little are measured, in turns.
-const TURNS: u32 = 5;
 const VM: &str = "paging";
 
 /// What this system, or this user, does not allow, and what is needed.
@@ -198,8 +198,8 @@ pub struct PagingResult {
     pub legs: Vec<LegResult>,
     /// Pages a second of perdure by those of the kernel's swap.
     pub ratio: Option<f64>,
-    /// What the pager costs where all fits, in per cent of pages a second of processor time; less than nothing is noise.
-    pub overhead_percent: Option<f64>,
+    /// What the pager costs where all fits.
+    pub overhead: Option<Overhead>,
 }
 
 /// What bears on the kernel's swap.
@@ -236,22 +236,16 @@ pub fn measure(pool: &BenchPool, plan: &Plan, pattern: Pattern) -> Result<Paging
     let workload = plan.workload(pattern, plan.memory())?;
     let beyond = Walk::new(pool, plan, workload, "list")?;
     let within = Walk::new(pool, plan, plan.workload(pattern, ByteSize(plan.ram.0 / 2))?, "list-that-fits")?;
-    let walk = |leg| if matches!(leg, Leg::Fits | Leg::FitsPaged) { &within } else { &beyond };
     let mut legs = Vec::new();
-    for leg in Leg::ALL {
-        match leg {
-            Leg::Fits => legs.extend(walk(leg).in_turns(leg, Leg::FitsPaged)?),
-            Leg::FitsPaged => {}
-            _ => legs.push(walk(leg).leg(leg)?),
-        }
+    for leg in [Leg::KernelSwap, Leg::Perdure, Leg::Process, Leg::Guest] {
+        legs.push(beyond.leg(leg)?);
     }
+    let (both, overhead) = within.what_fits()?;
+    legs.extend(both);
     let rate = |leg| legs.iter().find(|result| result.leg == leg).and_then(|result| result.pages_per_second);
     let ratio = rate(Leg::Perdure).zip(rate(Leg::KernelSwap)).map(|(ours, theirs)| ours / theirs);
-    let per_cpu = |leg| legs.iter().find(|result| result.leg == leg).and_then(|result| result.pages_per_cpu_second);
-    let overhead =
-        per_cpu(Leg::FitsPaged).zip(per_cpu(Leg::Fits)).map(|(with, without)| (1.0 - with / without) * 100.0);
     let system = SystemSettings::now();
-    Ok(PagingResult { plan: plan.clone(), workload, system, legs, ratio, overhead_percent: overhead })
+    Ok(PagingResult { plan: plan.clone(), workload, system, legs, ratio, overhead })
 }
 
 /// Removes the pool should the bench not come to its end.
@@ -275,23 +269,15 @@ impl<'a> Walk<'a> {
         Ok(Self { pool, plan, workload, file })
     }
 
-    /// Two legs in turns, as the difference is small and the machine is never the same: each as it went when it was the median.
-    fn in_turns(&self, one: Leg, other: Leg) -> Result<[LegResult; 2], PagingError> {
-        let (mut ones, mut others) = (Vec::new(), Vec::new());
-        for turn in 0..TURNS {
-            let first_of_pair = turn % 2 == 0;
-            for leg in if first_of_pair { [one, other] } else { [other, one] } {
-                let results = if leg == one { &mut ones } else { &mut others };
-                results.push(self.leg(leg)?);
+    /// Both legs over a working set that fits, and what lies between them.
+    fn what_fits(&self) -> Result<(Vec<LegResult>, Option<Overhead>), PagingError> {
+        match overhead::measure(self) {
+            Ok((legs, overhead)) => Ok((legs.into(), overhead)),
+            Err(error) => {
+                let why = LegResult::why_not(error)?;
+                Ok(([Leg::Fits, Leg::FitsPaged].map(|leg| LegResult { leg, ..why.clone() }).into(), None))
             }
         }
-        let median = |mut results: Vec<LegResult>, leg| {
-            let rate = |result: &LegResult| result.pages_per_cpu_second.unwrap_or(0.0);
-            results.sort_by(|a, b| rate(a).total_cmp(&rate(b)));
-            let middle = results.len() / 2;
-            results.into_iter().nth(middle).unwrap_or_else(|| LegResult::none(leg))
-        };
-        Ok([median(ones, one), median(others, other)])
     }
 
     fn leg(&self, leg: Leg) -> Result<LegResult, PagingError> {
@@ -303,14 +289,7 @@ impl<'a> Walk<'a> {
             Leg::Perdure => self.paged(),
             Leg::FitsPaged => self.in_a_guest(Some(self.plan.ram), None),
         };
-        match result {
-            Ok(result) => Ok(LegResult { leg, ..result }),
-            Err(PagingError::Absent(why)) => Ok(LegResult { absent: Some(why.to_string()), ..LegResult::none(leg) }),
-            Err(PagingError::Bench(BenchError::Guest(why))) => {
-                Ok(LegResult { failed: Some(why), ..LegResult::none(leg) })
-            }
-            Err(error) => Err(error),
-        }
+        Ok(LegResult { leg, ..result.or_else(LegResult::why_not)? })
     }
 
     fn swapped(&self, part: Part) -> Result<LegResult, PagingError> {
@@ -326,14 +305,21 @@ impl<'a> Walk<'a> {
     }
 
     fn in_a_guest(&self, ram: Option<ByteSize>, limits: Option<&Limits>) -> Result<LegResult, PagingError> {
-        let config = guest_config(self.plan.memory(), ram, self.plan.medium, self.file.clone(), self.workload.pages);
-        drop(VmRegions::create(self.pool.pool(), VM, &config).map_err(BenchError::from)?);
-        let pool = self.pool.directory().to_owned();
-        let result = self.walked(Part::Guest { pool, name: VM.to_owned(), begin: Begin::Boot }, limits);
-        self.pool.wait_until_free(VM)?;
-        let name = VM.parse().map_err(|_| BenchError::Guest(VM.to_owned()))?;
-        self.pool.pool().free_tree(&name).map_err(BenchError::from)?;
+        let result = self.walked(self.make_guest(VM, ram)?, limits);
+        self.remove_guest(VM)?;
         result
+    }
+
+    fn make_guest(&self, name: &str, ram: Option<ByteSize>) -> Result<Part, PagingError> {
+        let config = guest_config(self.plan.memory(), ram, self.plan.medium, self.file.clone(), self.workload.pages);
+        drop(VmRegions::create(self.pool.pool(), name, &config).map_err(BenchError::from)?);
+        Ok(Part::Guest { pool: self.pool.directory().to_owned(), name: name.to_owned(), begin: Begin::Boot })
+    }
+
+    fn remove_guest(&self, name: &str) -> Result<(), PagingError> {
+        self.pool.wait_until_free(name)?;
+        let name = name.parse().map_err(|_| BenchError::Guest(name.to_owned()))?;
+        Ok(self.pool.pool().free_tree(&name).map_err(BenchError::from)?)
     }
 
     fn walked(&self, part: Part, limits: Option<&Limits>) -> Result<LegResult, PagingError> {
@@ -345,18 +331,18 @@ impl<'a> Walk<'a> {
         let seconds = Duration::from_nanos(last.at_ns - first.at_ns).as_secs_f64();
         let per_second = |first: u64, last: u64| Some(last.saturating_sub(first) as f64 / seconds);
         let rate = |of: fn(&Sample) -> u64| per_second(of(&first), of(&last));
-        let paged = |of: fn(&PagedStatus) -> u64| {
+        let paged = |of: fn(&PagingStatus) -> u64| {
             let (first, last) = first.paged.as_ref().zip(last.paged.as_ref())?;
-            per_second(of(first), of(last))
+            per_second(of(&first.counts), of(&last.counts))
         };
         Ok(LegResult {
             pages_per_second: rate(|sample| sample.accesses),
             pages_per_cpu_second: per_cpu_second(&first, &last),
             major_faults_per_second: rate(|sample| sample.major),
             minor_faults_per_second: rate(|sample| sample.minor),
-            hard_faults_per_second: paged(|paged| paged.hard_faults),
-            soft_faults_per_second: paged(|paged| paged.soft_faults),
-            read_ahead_per_second: paged(|paged| paged.read_ahead),
+            hard_faults_per_second: paged(|counts| counts.hard_faults),
+            soft_faults_per_second: paged(|counts| counts.soft_faults),
+            read_ahead_per_second: paged(|counts| counts.read_ahead),
             limit,
             warm_up_ms: Some(first.at_ns / 1_000_000),
             ..LegResult::none(Leg::Process)
@@ -365,21 +351,7 @@ impl<'a> Walk<'a> {
 
     /// The samples between which time counts.
     fn counted(&self, worker: &mut Worker) -> Result<(Sample, Sample), PagingError> {
-        let once = u64::from(self.workload.pages) * u64::from(self.workload.rounds);
-        let mut through = None;
-        let first = loop {
-            let sample = worker.sample()?;
-            if sample.accesses >= once && through.is_none() {
-                through = Some(sample.at_ns);
-            }
-            if through.is_some_and(|at| sample.at_ns >= at + self.plan.warm_up_ms * 1_000_000) {
-                break sample;
-            }
-            if Duration::from_nanos(sample.at_ns) > WARM_UP_MOST {
-                let done = sample.accesses;
-                return Err(BenchError::Guest(format!("{done} of {once} accesses within {WARM_UP_MOST:?}")).into());
-            }
-        };
+        let first = self.warm_up(worker)?;
         loop {
             let sample = worker.sample()?;
             if sample.at_ns >= first.at_ns + self.plan.length_ms.max(1) * 1_000_000 {
@@ -387,15 +359,46 @@ impl<'a> Walk<'a> {
             }
         }
     }
+
+    /// Waits until time counts. Returns the last sample before that.
+    fn warm_up(&self, worker: &mut Worker) -> Result<Sample, PagingError> {
+        let once = u64::from(self.workload.pages) * u64::from(self.workload.rounds);
+        let mut through = None;
+        loop {
+            let sample = worker.sample()?;
+            if sample.accesses >= once && through.is_none() {
+                through = Some(sample.at_ns);
+            }
+            if through.is_some_and(|at| sample.at_ns >= at + self.plan.warm_up_ms * 1_000_000) {
+                return Ok(sample);
+            }
+            if Duration::from_nanos(sample.at_ns) > WARM_UP_MOST {
+                let done = sample.accesses;
+                return Err(BenchError::Guest(format!("{done} of {once} accesses within {WARM_UP_MOST:?}")).into());
+            }
+        }
+    }
 }
 
 fn per_cpu_second(first: &Sample, last: &Sample) -> Option<f64> {
-    let ticks = last.ticks.saturating_sub(first.ticks);
-    let seconds = ticks as f64 / rustix::param::clock_ticks_per_second() as f64;
-    (ticks > 0).then(|| last.accesses.saturating_sub(first.accesses) as f64 / seconds)
+    let spent = last.cpu_ns.saturating_sub(first.cpu_ns);
+    let seconds = Duration::from_nanos(spent).as_secs_f64();
+    (spent > 0).then(|| last.accesses.saturating_sub(first.accesses) as f64 / seconds)
 }
 
 impl LegResult {
+    /// Of a leg that failed, or is not permitted.
+    ///
+    /// # Errors
+    /// The bench itself cannot go on.
+    fn why_not(error: PagingError) -> Result<Self, PagingError> {
+        match error {
+            PagingError::Absent(why) => Ok(Self { absent: Some(why.to_string()), ..Self::none(Leg::Process) }),
+            PagingError::Bench(BenchError::Guest(why)) => Ok(Self { failed: Some(why), ..Self::none(Leg::Process) }),
+            error => Err(error),
+        }
+    }
+
     fn none(leg: Leg) -> Self {
         Self {
             leg,

@@ -25,6 +25,8 @@ pub struct Chart {
     pub up: String,
     /// What it shows.
     pub series: Vec<Series>,
+    /// Moments to be marked by a line from the bottom to the top: where, and what is to be said of them.
+    pub marks: Vec<(f64, String)>,
 }
 
 /// Bars of one group, by name.
@@ -51,8 +53,12 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(86, 180, 233),
     RGBColor(0, 0, 0),
 ];
-const WIDTH: u32 = 960;
+const WIDTH: u32 = 1100;
+/// At the right of a chart, where the legend hides no line.
+const LEGEND_WIDTH: u32 = 180;
+const LEGEND_ROW: i32 = 20;
 const HEIGHT: u32 = 340;
+const MARK: RGBColor = RGBColor(120, 120, 120);
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 fn colour(index: usize) -> RGBColor {
@@ -98,23 +104,39 @@ fn extent(values: impl Iterator<Item = f64>) -> Range<f64> {
 
 fn one<'a>(area: &Area<'a>, chart: &Chart) -> Result<(), PlotError> {
     let points = || chart.series.iter().flat_map(|series| series.points.iter().copied());
-    let (across, up) = (extent(points().map(|(x, _)| x)), extent(points().map(|(_, y)| y).chain([0.0])));
+    let marks = chart.marks.iter().map(|(x, _)| *x);
+    let (across, up) = (extent(points().map(|(x, _)| x).chain(marks)), extent(points().map(|(_, y)| y).chain([0.0])));
     let up = up.start..up.end + (up.end - up.start) * 0.05;
-    let mut context = ChartBuilder::on(area)
+    let (area, beside) = area.split_horizontally(area.dim_in_pixel().0.saturating_sub(LEGEND_WIDTH));
+    let mut context = ChartBuilder::on(&area)
         .caption(&chart.title, ("sans-serif", 16))
         .margin(10)
         .x_label_area_size(36)
         .y_label_area_size(72)
-        .build_cartesian_2d(across, up)
+        .build_cartesian_2d(across, up.clone())
         .map_err(failed)?;
     context.configure_mesh().x_desc(&chart.across).y_desc(&chart.up).light_line_style(WHITE).draw().map_err(failed)?;
     for (index, series) in chart.series.iter().enumerate() {
         let style = colour(index).stroke_width(2);
-        let line = LineSeries::new(series.points.iter().copied(), style);
-        let drawn = context.draw_series(line).map_err(failed)?.label(&series.name);
-        drawn.legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], style));
+        context.draw_series(LineSeries::new(series.points.iter().copied(), style)).map_err(failed)?;
     }
-    legend(&mut context)
+    for (x, _) in &chart.marks {
+        let style = MARK.stroke_width(1);
+        let line = DashedLineSeries::new([(*x, up.start), (*x, up.end)], 6, 4, style);
+        context.draw_series(line).map_err(failed)?;
+    }
+    legend_beside(&beside, chart)
+}
+
+/// A row for each series and each mark.
+fn legend_beside(area: &Area<'_>, chart: &Chart) -> Result<(), PlotError> {
+    let series = chart.series.iter().enumerate().map(|(index, series)| (&series.name, colour(index).stroke_width(2)));
+    let marks = chart.marks.iter().map(|(_, name)| (name, MARK.stroke_width(1)));
+    for (y, (name, style)) in (1..).map(|row| row * LEGEND_ROW + LEGEND_ROW).zip(series.chain(marks)) {
+        area.draw(&PathElement::new([(4, y), (24, y)], style)).map_err(failed)?;
+        area.draw(&Text::new(name.clone(), (30, y - 6), ("sans-serif", 13))).map_err(failed)?;
+    }
+    Ok(())
 }
 
 fn legend<'a, X, Y>(context: &mut ChartContext<'a, SVGBackend<'a>, Cartesian2d<X, Y>>) -> Result<(), PlotError>
@@ -195,10 +217,11 @@ mod tests {
                 series("in place", &[(0.0, 25.0), (1.0, 25.0)]),
                 series("cold & bare", &[(0.0, 100.0), (1.0, 30.0)]),
             ],
+            marks: vec![(0.5, "the outage".to_owned())],
         };
         let svg = charts(&[chart.clone(), chart]).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        for word in ["residence", "seconds", "MRR", "in place", "cold &amp; bare"] {
+        for word in ["residence", "seconds", "MRR", "in place", "cold &amp; bare", "the outage"] {
             assert_eq!(svg.matches(word).count(), 2, "{word}");
         }
         assert!(svg.contains("#0072B2") && svg.contains("#D55E00"), "{svg}");
@@ -208,7 +231,8 @@ mod tests {
     fn charts_without_points_or_with_one_value_can_be_drawn() {
         for points in [&[][..], &[(0.0, 0.0)], &[(1.0, f64::NAN), (2.0, f64::INFINITY)]] {
             let empty = || String::new();
-            let chart = Chart { title: empty(), across: empty(), up: empty(), series: vec![series("a", points)] };
+            let series = vec![series("a", points)];
+            let chart = Chart { title: empty(), across: empty(), up: empty(), series, marks: Vec::new() };
             assert!(charts(&[chart]).is_ok());
         }
         assert!(charts(&[]).is_ok() && bars("", "", &[]).is_ok());

@@ -14,7 +14,7 @@
 //!
 //! Time begins where the VM's process can begin to resume, restore or boot it: the start of the process is no part of it, nor is
 //! the outage. The *memory residence ratio* is that of clusters in RAM among those in RAM or swap, in per cent. *Faults* are those that waited for
-//! the swap region. A VM is *back* once, in a window of [`WINDOW`], its
+//! the swap region, or for the generation that memory is restored from. A VM is *back* once, in a window of [`WINDOW`], its
 //! faults an access are at most a quarter more and its pages a second at least three quarters of what they were on average before, its
 //! residence is no more than two points from what it was, and all stay so for the next window. (Faults an access, since a machine that
 //! has become quicker meanwhile takes more of them a second.)
@@ -44,20 +44,20 @@ const SAMPLE_MS: u64 = 100;
 const WARM_UP_MOST: Duration = Duration::from_secs(300);
 
 /// How a VM comes back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Way {
-    /// Resumed where it lies.
+    /// Resumed where it lies
     InPlace,
-    /// From a generation, before it runs.
+    /// From a generation, before it runs
     Restored,
-    /// From a generation, while it runs, the rest being fetched too.
+    /// From a generation, while it runs, the rest being fetched too
     Lazily,
-    /// From a generation, as it asks.
+    /// From a generation, as it asks
     LazilyOnDemand,
-    /// All in the swap region.
+    /// All in the swap region
     FromSwap,
-    /// Booted.
+    /// Booted
     Cold,
 }
 
@@ -96,6 +96,8 @@ pub struct Plan {
     pub ram: ByteSize,
     /// How many VMs share it.
     pub vms: u32,
+    /// The ways back.
+    pub ways: Vec<Way>,
     /// What regions lie on.
     pub medium: Option<MediumKind>,
     /// Per cent of accesses that write.
@@ -190,7 +192,7 @@ pub fn measure(pool: &BenchPool, plan: &Plan, pattern: Pattern) -> Result<Reside
     let workload = vms.first().map(|vm| vm.workload).ok_or_else(|| BenchError::Guest("no VM".to_owned()))?;
     let mut results = outage(&vms, plan)?;
     let kept = vms.iter().map(Vm::keep).collect::<Result<Vec<_>, _>>()?;
-    for way in Way::ALL {
+    for way in Way::ALL.into_iter().filter(|way| plan.ways.contains(way)) {
         come_back(&vms, &kept, plan, way, &mut results)?;
     }
     vms.iter().try_for_each(Vm::remove)?;
@@ -403,8 +405,8 @@ fn points(samples: &[Sample], offset_ms: f64) -> Vec<Point> {
         Some(Point {
             at_ms: now.at_ns as f64 / 1e6 + offset_ms,
             residence: residence(now),
-            faults_per_second: rate(|sample| sample.paged.map_or(sample.major, |paged| paged.hard_faults)),
-            soft_faults_per_second: rate(|sample| sample.paged.map_or(0, |paged| paged.soft_faults)),
+            faults_per_second: rate(|sample| sample.paged.map_or(sample.major, |paged| paged.counts.awaited())),
+            soft_faults_per_second: rate(|sample| sample.paged.map_or(0, |paged| paged.counts.soft_faults)),
             pages_per_second: rate(|sample| sample.accesses),
         })
     };
@@ -450,7 +452,8 @@ mod tests {
             accesses,
             major,
             minor: 0,
-            ticks: 0,
+            cpu_ns: 0,
+            pager_ns: 0,
             paged: None,
             restored: Some((at_ms, 1000)),
         }

@@ -51,7 +51,7 @@ pub fn measure(pool: &BenchPool, shape: Shape, dirty: ByteSize, runs: usize) -> 
     let pages = (dirty.0 / 4096).max(1);
     let cmdline = format!("pattern=sequential ws={} write=100 report={pages}", pages * 4096);
     let regions = pool.vm(&name, &shape, "memwalk", &cmdline)?;
-    let mut supervisor = Supervisor::boot(pool.directory().to_owned(), regions, Keyboard::none())?;
+    let mut supervisor = Supervisor::boot(pool.pool(), regions, Keyboard::none())?;
     wait_for_dirt(&supervisor)?;
     let first = supervisor.snapshot()?;
     let mut samples = Vec::with_capacity(runs);
@@ -104,7 +104,7 @@ pub fn slowdown(
     let name = format!("slowdown-{}-{}-{dirty}", shape.cpus, shape.memory);
     let cmdline = format!("pattern=uniform ws={} write=100 report={PAGES_A_REPORT}", dirty.0);
     let regions = pool.vm(&name, &shape, "memwalk", &cmdline)?;
-    let mut supervisor = Supervisor::boot(pool.directory().to_owned(), regions, Keyboard::none())?;
+    let mut supervisor = Supervisor::boot(pool.pool(), regions, Keyboard::none())?;
     wait_for_dirt(&supervisor)?;
     let mut walk = |every| -> Result<(u64, u64), BenchError> {
         let (before, start) = (supervisor.reports(), Instant::now());

@@ -103,6 +103,9 @@ struct SnapshotArgs {
     /// Memory sizes, separated by commas
     #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "256M,1G,4G")]
     memory: Vec<ByteSize>,
+    /// RAM of each, where it is to be less: the rest is in a swap region
+    #[arg(long, value_name = "SIZE")]
+    ram: Option<ByteSize>,
     /// vCPUs, separated by commas
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1")]
     cpus: Vec<u32>,
@@ -137,6 +140,7 @@ impl Common {
                 shapes.extend(self.cpus.iter().map(|cpus| Shape {
                     cpus: *cpus,
                     memory: *memory,
+                    ram: None,
                     medium: Some(*medium),
                 }));
             }
@@ -187,14 +191,14 @@ fn freeze(parent: &Path, args: &FreezeArgs) -> anyhow::Result<()> {
 }
 
 fn snapshot(parent: &Path, args: &SnapshotArgs) -> anyhow::Result<()> {
-    let SnapshotArgs { memory, cpus, medium, dirty, slowdown, runs, json } = args.clone();
+    let SnapshotArgs { memory, ram, cpus, medium, dirty, slowdown, runs, json } = args.clone();
     let common = Common { memory, cpus, medium, runs, json };
     let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
     if let Some(length) = slowdown {
-        return slowdowns(&pool, conditions, &common, &dirty, length);
+        return slowdowns(&pool, conditions, &common, ram, &dirty, length);
     }
     let mut results = Vec::new();
-    for shape in common.shapes() {
+    for shape in with_ram(common.shapes(), ram) {
         for dirty in &dirty {
             progress(&common, "snapshot", &shape);
             results.push(snapshot::measure(&pool, shape, *dirty, runs as usize)?);
@@ -214,16 +218,22 @@ fn snapshot(parent: &Path, args: &SnapshotArgs) -> anyhow::Result<()> {
     present(conditions, results, json, &headings, cells)
 }
 
+/// The same, with less RAM than memory.
+fn with_ram(shapes: Vec<Shape>, ram: Option<ByteSize>) -> impl Iterator<Item = Shape> {
+    shapes.into_iter().map(move |shape| Shape { ram, ..shape })
+}
+
 fn slowdowns(
     pool: &BenchPool,
     conditions: Conditions,
     common: &Common,
+    ram: Option<ByteSize>,
     dirty: &[ByteSize],
     length: std::time::Duration,
 ) -> anyhow::Result<()> {
     const EVERY: std::time::Duration = std::time::Duration::from_millis(100);
     let mut results = Vec::new();
-    for shape in common.shapes() {
+    for shape in with_ram(common.shapes(), ram) {
         for dirty in dirty {
             progress(common, "slowdown", &shape);
             results.push(snapshot::slowdown(pool, shape, *dirty, EVERY, length)?);
@@ -404,7 +414,11 @@ fn alternatives(alternatives: &[Alternative]) {
 
 fn shape_cells(shape: &Shape) -> Vec<String> {
     let medium = shape.medium.map(|medium| medium.to_string()).unwrap_or_default();
-    vec![medium, shape.cpus.to_string(), shape.memory.to_string()]
+    let memory = match shape.ram {
+        Some(ram) => format!("{}, {ram} of it RAM", shape.memory),
+        None => shape.memory.to_string(),
+    };
+    vec![medium, shape.cpus.to_string(), memory]
 }
 
 fn p50_p99(distribution: &Distribution) -> [String; 2] {

@@ -74,7 +74,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
                 grow_swap(&pool, name, swap)?;
             }
             if Role::of_this_process() != Role::First {
-                return here(environment, args, live::hold(&pool, name)?);
+                return here(&pool, args, live::hold(&pool, name)?);
             }
             let back = args.generation.as_ref().map(|id| Back { id, discard: args.discard });
             let Prepared { regions, .. } = prepare(&pool, name, back.as_ref(), args)?;
@@ -87,19 +87,19 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
 fn one(environment: &Environment, pool: &Pool, regions: VmRegions, args: &Args) -> anyhow::Result<ExitCode> {
     let detach = args.detach;
     if !(detach || std::io::IsTerminal::is_terminal(&std::io::stdin())) {
-        return here(environment, args, regions);
+        return here(pool, args, regions);
     }
     let (name, serial) = (regions.name().to_owned(), regions.config().serial.clone());
     // The process of its own that may follow leases them itself.
     drop(regions);
     match live::elsewhere(environment, &name, detach, &serial)? {
         Some(code) => Ok(code),
-        None => here(environment, args, live::hold(pool, &name)?),
+        None => here(pool, args, live::hold(pool, &name)?),
     }
 }
 
 /// Lives the VM's life in this process.
-fn here(environment: &Environment, args: &Args, mut regions: VmRegions) -> anyhow::Result<ExitCode> {
+fn here(pool: &Pool, args: &Args, mut regions: VmRegions) -> anyhow::Result<ExitCode> {
     if args.swap.is_some() || !args.net.is_empty() || args.vsock.is_some() {
         let mut config = regions.config().clone();
         config.swap = args.swap.or(config.swap);
@@ -107,7 +107,7 @@ fn here(environment: &Environment, args: &Args, mut regions: VmRegions) -> anyho
         move_sockets(&mut config, regions.name(), args.vsock.as_ref())?;
         regions.set_config(config);
     }
-    let begin = |keyboard| Ok(Supervisor::resume(environment.pool.clone(), regions, keyboard, !args.no_prefetch)?);
+    let begin = |keyboard| Ok(Supervisor::resume(pool, regions, keyboard, !args.no_prefetch)?);
     live::here(begin, |_| {})
 }
 
@@ -223,6 +223,8 @@ fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>, args: &Args) -> any
         eprintln!("perdure: {name} was not frozen: {}", doubt.found());
     }
     tell(name, &restored, regions.context().standing.restoring().is_some());
+    // That took a while, in which others may have changed the pool.
+    pool.refresh()?;
     Ok(Prepared { regions, restored: true })
 }
 
@@ -278,7 +280,8 @@ fn tell(name: &str, restored: &Restored, lazy: bool) {
 fn all(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
     if let Role::Detached(_) = Role::of_this_process() {
         let name = std::env::var(launch::NAME).unwrap_or_default();
-        return here(environment, args, live::hold(&environment.open_pool()?, &name)?);
+        let pool = environment.open_pool()?;
+        return here(&pool, args, live::hold(&pool, &name)?);
     }
     let pool = environment.open_pool()?;
     let mut code = ExitCode::SUCCESS;

@@ -140,7 +140,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
     }
     let begin = |keyboard| {
         let regions = if existing { reuse(&pool, &name, &config)? } else { VmRegions::create(&pool, &name, &config)? };
-        let booted = Supervisor::boot(environment.pool.clone(), regions, keyboard);
+        let booted = Supervisor::boot(&pool, regions, keyboard);
         if booted.is_err() && !existing {
             // A VM that never ran is nothing to keep: the same command, corrected, is to find none.
             if let Err(error) = super::remove::free(&pool, &name) {

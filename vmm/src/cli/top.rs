@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use allocator::Pool;
 use allocator::budget::Budget;
+use allocator::paging::PagingStatus;
 use serde::Serialize;
 
 use super::output::{self, say};
@@ -15,7 +16,8 @@ use crate::persistence::regions::region_name;
 
 /// Show what virtual machines use, live: RAM, swap, faults.
 ///
-/// MRR is the memory residence ratio: in memory / (in memory + in swap) × 100. FAULTS/S are those that waited for the swap region; DIRTY is what of
+/// MRR is the memory residence ratio: in memory / (in memory + in swap) × 100. FAULTS/S are those that waited for the swap region, or for the
+/// generation that memory is restored from; DIRTY is what of
 /// RAM is not on its medium yet, and so must be flushed when the power fails. LIMIT is what the VM may have in RAM now (`perdure pool limit`).
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -46,7 +48,7 @@ struct Row {
     balloon: Option<u64>,
     /// The memory residence ratio, in per cent.
     mrr: Option<f64>,
-    /// Faults a second that waited for the swap region.
+    /// Faults a second that waited for the swap region, or for the generation that memory is restored from.
     hard_faults_per_second: Option<f64>,
     /// Faults a second that found their memory in RAM.
     soft_faults_per_second: Option<f64>,
@@ -158,21 +160,21 @@ impl Look {
         let before = last.paged(&vm.name);
         let seconds = (self.at - last.at).as_secs_f64().max(0.001);
         // A VM that was resumed in between counts from 0 again.
-        let rate = |count: fn(&PagedStatus) -> u64| {
-            let (now, before) = (count(paged?), before.map_or(0, count));
+        let rate = |count: fn(&PagingStatus) -> u64| {
+            let (now, before) = (count(&paged?.counts), before.map_or(0, |before| count(&before.counts)));
             Some(now.checked_sub(before).unwrap_or(now) as f64 / seconds)
         };
         Row {
             name: vm.name.clone(),
             state: vm.state.word().to_owned(),
             pid: vm.pid,
-            ram: paged.map(|paged| paged.resident * paged.cluster),
+            ram: paged.map(|paged| paged.counts.resident * paged.counts.cluster),
             limit: self.granted.get(&format!("{}/ram", vm.name)).copied(),
-            swap: paged.map(|paged| paged.swapped * paged.cluster),
+            swap: paged.map(|paged| paged.counts.swapped * paged.counts.cluster),
             balloon: vm.status.as_ref().and_then(|status| status.balloon).map(|balloon| balloon.actual),
             mrr: paged.map(|paged| paged.residence),
-            hard_faults_per_second: rate(|paged| paged.hard_faults),
-            soft_faults_per_second: rate(|paged| paged.soft_faults),
+            hard_faults_per_second: rate(PagingStatus::awaited),
+            soft_faults_per_second: rate(|counts| counts.soft_faults),
             dirty: self.dirty.get(&vm.name).copied(),
             generation_age_ms: vm.generations.as_ref().map(|all| all.newest_age_ms),
         }

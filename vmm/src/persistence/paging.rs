@@ -110,42 +110,14 @@ unsafe impl HostMemory for PagedMemory {
     }
 }
 
-/// How paging fares, for [`crate::supervisor::control::Status`]. Counts are of clusters unless they say otherwise.
+/// How paging fares, for [`crate::supervisor::control::Status`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct PagedStatus {
-    /// Bytes of a cluster.
-    pub cluster: u64,
-    /// Of the guest's memory.
-    pub clusters: u64,
-    /// In RAM.
-    pub resident: u64,
-    /// Frames of RAM that may be used.
-    pub frames: u64,
-    /// In the swap region alone.
-    pub swapped: u64,
-    /// Still in the generation that memory is restored from.
-    #[serde(default)]
-    pub elsewhere: u64,
-    /// Slots of the swap region.
-    pub slots: u64,
-    /// Of these in use, by clusters in RAM too.
-    pub slots_used: u64,
-    /// The memory residence ratio: resident / (resident + swapped + elsewhere) × 100.
+    /// Where memory is, and what it took so far.
+    #[serde(flatten)]
+    pub counts: PagingStatus,
+    /// The memory residence ratio, in per cent: [`PagingStatus::residence`].
     pub residence: f64,
-    /// Faults that waited for the swap region.
-    pub hard_faults: u64,
-    /// Faults on memory that nothing was in yet.
-    pub zero_faults: u64,
-    /// Faults that found their cluster in RAM.
-    pub soft_faults: u64,
-    /// Read ahead of demand.
-    pub read_ahead: u64,
-    /// Left RAM unchanged.
-    pub dropped: u64,
-    /// Written to the swap region.
-    pub written: u64,
-    /// Faults that found no free frame.
-    pub stalls: u64,
     /// The swap region is full, and the guest waits.
     pub swap_full: bool,
 }
@@ -153,29 +125,8 @@ pub struct PagedStatus {
 impl PagedStatus {
     /// Of a pager.
     #[must_use]
-    pub fn new(status: &PagingStatus, swap_full: bool) -> Self {
-        let residence = status.residence();
-        let PagingStatus { clusters, cluster, resident, frames, swapped, elsewhere, slots_used, slots, .. } = *status;
-        let PagingStatus { hard_faults, zero_faults, soft_faults, read_ahead, dropped, written, stalls, .. } = *status;
-        Self {
-            cluster,
-            clusters,
-            resident,
-            frames,
-            swapped,
-            elsewhere,
-            slots,
-            slots_used,
-            residence,
-            hard_faults,
-            zero_faults,
-            soft_faults,
-            read_ahead,
-            dropped,
-            written,
-            stalls,
-            swap_full,
-        }
+    pub fn new(counts: PagingStatus, swap_full: bool) -> Self {
+        Self { counts, residence: counts.residence(), swap_full }
     }
 }
 
@@ -228,4 +179,25 @@ pub enum MemoryIoError {
     /// The pager.
     #[error(transparent)]
     Paging(#[from] PagingError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_read_one_flat_object() {
+        let counts = PagingStatus { clusters: 8, resident: 3, swapped: 1, elsewhere: 2, ..PagingStatus::default() };
+        let status = PagedStatus::new(counts, true);
+        let json = serde_json::to_value(status).unwrap();
+        for (name, value) in [("clusters", 8.0), ("resident", 3.0), ("swapped", 1.0), ("residence", 50.0)] {
+            assert_eq!(json[name].as_f64(), Some(value), "{name}: {json}");
+        }
+        assert_eq!(serde_json::from_value::<PagedStatus>(json.clone()).unwrap(), status);
+
+        let mut older = json;
+        older.as_object_mut().unwrap().remove("elsewhere");
+        let counts = PagingStatus { elsewhere: 0, ..counts };
+        assert_eq!(serde_json::from_value::<PagedStatus>(older).unwrap(), PagedStatus { counts, ..status });
+    }
 }

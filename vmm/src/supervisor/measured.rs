@@ -73,7 +73,7 @@ impl Supervisor {
     /// Where its memory is; `None` if all of it is RAM.
     #[must_use]
     pub fn paged(&self) -> Option<PagedStatus> {
-        self.regions.pager().map(|pager| PagedStatus::new(&pager.status(), self.swap_full))
+        self.regions.pager().map(|pager| PagedStatus::new(pager.status(), self.swap_full))
     }
 
     /// How much of its memory is restored: clusters that are there, and all. `None` if it was not being restored in this process.

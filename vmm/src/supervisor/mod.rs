@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use allocator::Pool;
 use allocator::budget::BudgetError;
 use allocator::pager::PagerEvents;
 use allocator::paging::PagingEvents;
@@ -206,7 +207,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// [`SupervisorError`].
-    pub fn boot(pool: PathBuf, regions: VmRegions, keyboard: Keyboard) -> Result<Self, SupervisorError> {
+    pub fn boot(pool: &Pool, regions: VmRegions, keyboard: Keyboard) -> Result<Self, SupervisorError> {
         Self::begin(pool, regions, keyboard, &Beginning::Boot)
     }
 
@@ -216,7 +217,7 @@ impl Supervisor {
     /// # Errors
     /// [`SupervisorError::Resume`] and others; nothing was altered then.
     pub fn resume(
-        pool: PathBuf,
+        pool: &Pool,
         regions: VmRegions,
         keyboard: Keyboard,
         prefetch: bool,
@@ -225,7 +226,7 @@ impl Supervisor {
     }
 
     fn begin(
-        pool: PathBuf,
+        pool: &Pool,
         mut regions: VmRegions,
         keyboard: Keyboard,
         beginning: &Beginning,
@@ -233,7 +234,8 @@ impl Supervisor {
         let system = |doing| move |source| SupervisorError::System { doing, source };
         let power = PowerSignals::catch().map_err(system("catch power-fail signals"))?;
         // Before anything is altered: there may be no RAM for it.
-        let place = Place::take(&pool, &regions)?;
+        let place = Place::take(pool, &regions)?;
+        let pool = pool.dir().to_owned();
         let inboxes = Inboxes::new().map_err(system("make an event descriptor"))?;
         let console = match &regions.config().serial {
             SerialTarget::Stdio if keyboard.has_terminal() => Console::terminal()?,
@@ -509,7 +511,7 @@ impl Supervisor {
             report: self.machine.devices().report().latest(),
             paused: self.paused,
             restoring: self.restoring_status(),
-            paged: self.regions.pager().map(|pager| PagedStatus::new(&pager.status(), self.swap_full)),
+            paged: self.regions.pager().map(|pager| PagedStatus::new(pager.status(), self.swap_full)),
             balloon: self.machine.balloon().map(BalloonControl::status),
             generations: self.generations.status(),
         }

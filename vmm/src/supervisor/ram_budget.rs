@@ -4,7 +4,7 @@
 //! A VM that pages can be asked to give RAM up, down to its floor (`--ram-min`). One that has all its memory in RAM cannot: its floor is
 //! all of it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -37,18 +37,17 @@ pub(super) enum Place {
 }
 
 impl Place {
-    /// Takes a place for a VM that is about to run.
+    /// Takes a place for a VM that is about to run, in a pool that was read just now.
     ///
     /// # Errors
     /// [`BudgetError::Floors`]: what it must have is not there.
-    pub(super) fn take(pool: &Path, regions: &VmRegions) -> Result<Self, BudgetError> {
+    pub(super) fn take(pool: &Pool, regions: &VmRegions) -> Result<Self, BudgetError> {
         let config = regions.config();
         let (region, floor, cap) = (regions.ram().name().clone(), floor(config), config.ram_bytes());
-        let open = Pool::open(pool, Arc::new(HostVfs))?;
-        if config.geometry().is_none() && open.settings().ram_limit.is_none() {
-            return Ok(Self::Later { pool: pool.to_owned(), region, size: cap });
+        if config.geometry().is_none() && pool.settings().ram_limit.is_none() {
+            return Ok(Self::Later { pool: pool.dir().to_owned(), region, size: cap });
         }
-        Budget::of(&open)?.join(region, floor, cap).map(|member| Self::Taken(Box::new(member)))
+        Budget::of(pool)?.join(region, floor, cap).map(|member| Self::Taken(Box::new(member)))
     }
 
     fn join(self) -> Result<Member, BudgetError> {

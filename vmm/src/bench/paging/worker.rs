@@ -37,6 +37,8 @@ const SQUEEZE: Duration = Duration::from_millis(5);
 const SQUEEZE_MOST: Duration = Duration::from_secs(30);
 /// How long a guest runs before its RAM is taken away.
 const SETTLE: Duration = Duration::from_secs(2);
+/// Names of the threads of [`allocator::paging`], and of the one that takes part in the budget.
+const PAGERS: [&str; 5] = ["faults", "evict", "ahead", "fetch", "budget"];
 /// How long a worker may be silent.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -97,8 +99,10 @@ pub struct Sample {
     pub major: u64,
     /// Its other page faults (`minflt`).
     pub minor: u64,
-    /// Processor time of the process, its guest's included, in clock ticks ([`rustix::param::clock_ticks_per_second`]).
-    pub ticks: u64,
+    /// Processor time of the process, its guest's included, in nanoseconds.
+    pub cpu_ns: u64,
+    /// Of that, what the threads took that page, and that take part in the budget of RAM.
+    pub pager_ns: u64,
     /// Where the guest's memory is, if it is paged.
     pub paged: Option<PagedStatus>,
     /// How far it is restored, if it is: clusters that are there, and all.
@@ -108,7 +112,7 @@ pub struct Sample {
 #[derive(Debug, Serialize, Deserialize)]
 enum Line {
     Ready,
-    Sample(Sample),
+    Sample(Box<Sample>),
     /// A power-fail signal came, and everything is durable: since how many nanoseconds after it.
     Frozen(u64),
     Failed(String),
@@ -170,9 +174,36 @@ impl Worker {
     /// It failed, or says nothing any more.
     pub(in crate::bench) fn sample(&mut self) -> Result<Sample, PagingError> {
         match self.line()? {
-            Line::Sample(sample) => Ok(sample),
+            Line::Sample(sample) => Ok(*sample),
             other => Err(unexpected(other)),
         }
+    }
+
+    /// What it has told so far does not matter.
+    pub(in crate::bench) fn forget(&mut self) {
+        self.lines.try_iter().for_each(drop);
+    }
+
+    /// It stands still until [`Worker::go_on`].
+    ///
+    /// # Errors
+    /// It is gone.
+    pub(in crate::bench) fn halt(&self) -> Result<(), PagingError> {
+        self.signal(Signal::STOP)
+    }
+
+    /// See [`Worker::halt`].
+    ///
+    /// # Errors
+    /// It is gone.
+    pub(in crate::bench) fn go_on(&self) -> Result<(), PagingError> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), PagingError> {
+        let system = |source: rustix::io::Errno| BenchError::System { doing: "signal a worker", source: source.into() };
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        Ok(kill_process(pid.ok_or_else(|| system(rustix::io::Errno::SRCH))?, signal).map_err(system)?)
     }
 
     /// The power fails. Waits until everything is durable and the process gone; returns how long that took, in nanoseconds.
@@ -180,10 +211,7 @@ impl Worker {
     /// # Errors
     /// It could not be frozen.
     pub(in crate::bench) fn power_fail(mut self) -> Result<u64, PagingError> {
-        let system = |source: rustix::io::Errno| BenchError::System { doing: "signal a worker", source: source.into() };
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| system(rustix::io::Errno::SRCH))?;
-        kill_process(pid, Signal::POWER).map_err(system)?;
+        self.signal(Signal::POWER)?;
         loop {
             match self.line()? {
                 Line::Sample(_) => {}
@@ -263,14 +291,14 @@ fn walk(spec: &Spec) -> Result<(), PagingError> {
         }
         Part::Guest { pool, name, begin } => {
             wait_for_go().map_err(system("hear from the bench"))?;
-            let opened = allocator::Pool::open(pool, Arc::new(vfs::host::HostVfs)).map_err(BenchError::from)?;
-            let regions = VmRegions::open(&opened, name).map_err(BenchError::from)?;
+            let pool = allocator::Pool::open(pool, Arc::new(vfs::host::HostVfs)).map_err(BenchError::from)?;
+            let regions = VmRegions::open(&pool, name).map_err(BenchError::from)?;
             let start = Instant::now();
-            let (pool, keyboard) = (pool.clone(), Keyboard::none());
+            let keyboard = Keyboard::none();
             let begun = match begin {
-                Begin::Boot => Supervisor::boot(pool, regions, keyboard),
-                Begin::Resume { prefetch } => Supervisor::resume(pool, regions, keyboard, *prefetch),
-                Begin::ResumeFromSwap => Supervisor::resume(pool, regions, keyboard, true),
+                Begin::Boot => Supervisor::boot(&pool, regions, keyboard),
+                Begin::Resume { prefetch } => Supervisor::resume(&pool, regions, keyboard, *prefetch),
+                Begin::ResumeFromSwap => Supervisor::resume(&pool, regions, keyboard, true),
             };
             let mut supervisor = begun.map_err(BenchError::from)?;
             let mut began = start;
@@ -292,7 +320,7 @@ fn squeeze(supervisor: &mut Supervisor) -> Result<(), PagingError> {
     }
     let began = Instant::now();
     supervisor.set_ram(0);
-    while supervisor.paged().is_some_and(|paged| paged.resident > paged.frames) {
+    while supervisor.paged().is_some_and(|paged| paged.counts.resident > paged.counts.frames) {
         if let Some(ended) = supervisor.serve_a_while(SQUEEZE).map_err(BenchError::from)? {
             return Err(BenchError::Guest(format!("{ended:?}")).into());
         }
@@ -300,7 +328,7 @@ fn squeeze(supervisor: &mut Supervisor) -> Result<(), PagingError> {
             return Err(BenchError::Guest("its memory does not leave RAM".to_owned()).into());
         }
     }
-    supervisor.set_ram(paged.frames * paged.cluster);
+    supervisor.set_ram(paged.counts.frames * paged.counts.cluster);
     Ok(())
 }
 
@@ -334,7 +362,7 @@ fn native(mut walker: Walker, every: Duration) -> Result<(), PagingError> {
         if let Ok(damaged) = failure.recv_timeout(every) {
             return Err(BenchError::Guest(damaged.to_string()).into());
         }
-        say(&Line::Sample(sample(began, accesses.load(Ordering::Relaxed)))).map_err(system)?;
+        say(&Line::Sample(Box::new(sample(began, accesses.load(Ordering::Relaxed))))).map_err(system)?;
     }
 }
 
@@ -343,7 +371,7 @@ fn guest(mut supervisor: Supervisor, began: Instant, every: Duration) -> Result<
     loop {
         let accesses = supervisor.guest_word(PROGRESS_ADDRESS).unwrap_or(0);
         let (paged, restored) = (supervisor.paged(), supervisor.restored());
-        say(Line::Sample(Sample { paged, restored, ..sample(began, accesses) }))?;
+        say(Line::Sample(Box::new(Sample { paged, restored, ..sample(began, accesses) })))?;
         match supervisor.serve_a_while(every).map_err(BenchError::from)? {
             None => {}
             Some(Ended::Frozen(report)) => {
@@ -358,26 +386,36 @@ fn guest(mut supervisor: Supervisor, began: Instant, every: Duration) -> Result<
 
 fn sample(began: Instant, accesses: u64) -> Sample {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let Costs { minor, major, ticks } = Costs::read(&stat);
-    Sample { at_ns: nanoseconds(began.elapsed()), accesses, major, minor, ticks, paged: None, restored: None }
+    let Faults { minor, major } = Faults::read(&stat);
+    let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let cpu_ns = Duration::try_from(cpu).map_or(0, nanoseconds);
+    let (at_ns, pager_ns) = (nanoseconds(began.elapsed()), pager_ns());
+    Sample { at_ns, accesses, major, minor, cpu_ns, pager_ns, paged: None, restored: None }
 }
 
-/// What a process took.
+/// Processor time of the threads in [`PAGERS`], from `/proc/self/task/*/schedstat` (Linux, `Documentation/scheduler/sched-stats.rst`: its first
+/// number is nanoseconds on a CPU); 0 where the kernel does not count it.
+fn pager_ns() -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten().map(|task| task.path());
+    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    let pagers = tasks.filter(|task| PAGERS.contains(&read(task.join("comm")).trim()));
+    pagers.filter_map(|task| read(task.join("schedstat")).split(' ').next()?.parse::<u64>().ok()).sum()
+}
+
+/// A process's page faults.
 #[derive(Debug, PartialEq, Eq)]
-struct Costs {
+struct Faults {
     minor: u64,
     major: u64,
-    ticks: u64,
 }
 
-impl Costs {
-    /// From `/proc/self/stat` (proc(5)): faults are its 10th and 12th field, times its 14th (user, guest included) and 15th (system). The
-    /// 2nd, a name, may hold spaces.
+impl Faults {
+    /// From `/proc/self/stat` (proc(5)): its 10th and 12th field. The 2nd, a name, may hold spaces.
     fn read(stat: &str) -> Self {
         let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace().skip(7);
         let mut numbers = fields.map(|field| field.parse::<u64>().unwrap_or(0));
         let mut next = |skipped: usize| numbers.nth(skipped).unwrap_or(0);
-        Self { minor: next(0), major: next(1), ticks: next(1).saturating_add(next(0)) }
+        Self { minor: next(0), major: next(1) }
     }
 }
 
@@ -386,10 +424,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn costs_are_found_behind_any_name() {
+    fn faults_are_found_behind_any_name() {
         let stat = "1 (a) b (c) S 4 5 6 7 8 9 1010 11 1212 13 1400 15 16 17";
-        assert_eq!(Costs::read(stat), Costs { minor: 1010, major: 1212, ticks: 1415 });
-        assert_eq!(Costs::read("nonsense"), Costs { minor: 0, major: 0, ticks: 0 });
+        assert_eq!(Faults::read(stat), Faults { minor: 1010, major: 1212 });
+        assert_eq!(Faults::read("nonsense"), Faults { minor: 0, major: 0 });
+    }
+
+    #[test]
+    fn processor_time_of_pagers_is_that_of_their_threads() {
+        let (end, ended) = mpsc::channel::<()>();
+        let spin = move || while matches!(ended.try_recv(), Err(mpsc::TryRecvError::Empty)) {};
+        let thread = std::thread::Builder::new().name("evict".to_owned()).spawn(spin).unwrap();
+        let began = Instant::now();
+        let before = sample(began, 0).pager_ns;
+        while sample(began, 0).pager_ns == before {
+            assert!(began.elapsed() < Duration::from_secs(30), "a thread that spins takes no time");
+        }
+        drop(end);
+        thread.join().unwrap();
+        assert!(sample(began, 0).pager_ns <= sample(began, 0).cpu_ns);
+    }
+
+    #[test]
+    fn processor_time_is_what_this_process_worked() {
+        let began = Instant::now();
+        let before = sample(began, 0).cpu_ns;
+        while sample(began, 0).cpu_ns < before + 2_000_000 {
+            assert!(began.elapsed() < Duration::from_secs(30), "it stands still");
+        }
     }
 
     #[test]

@@ -7,20 +7,21 @@ use anyhow::Context as _;
 
 use super::super::output::{self, say};
 use super::{Results, tell};
+use crate::bench::paging::overhead::Overhead;
 use crate::bench::paging::{self, Leg, LegResult, PagingResult};
 use crate::bench::patterns::Pattern;
 use crate::bench::plot::{self, Chart, Group, Series};
-use crate::bench::residence::{self, Level, Point, ResidenceResult, Return};
+use crate::bench::residence::{self, Level, Point, ResidenceResult, Return, Way};
 use crate::bench::{BenchPool, Conditions};
 use crate::machine::config::ByteSize;
 
+/// What walks over more memory than RAM have in common.
 #[derive(Debug, clap::Args)]
-#[command(after_help = PAGING_HELP)]
-pub(super) struct PagingArgs {
+struct WalkArgs {
     /// Orders of accesses, separated by commas
     #[arg(long, value_enum, value_name = "PATTERN", value_delimiter = ',', default_values_t = Pattern::ALL)]
     pattern: Vec<Pattern>,
-    /// RAM that a walk may have; its working set is about four times as large
+    /// RAM that the walks may have; their memory is four times as large, their working set almost that
     #[arg(long, value_name = "SIZE", default_value = "128M")]
     ram: ByteSize,
     /// What the guest's regions lie on
@@ -29,12 +30,28 @@ pub(super) struct PagingArgs {
     /// Per cent of accesses that write
     #[arg(long, value_name = "N", default_value = "30", value_parser = clap::value_parser!(u32).range(0..=100))]
     writes: u32,
-    /// Accesses before a list begins anew, in working sets
-    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u32).range(1..=64))]
-    rounds: u32,
     /// Seed of the lists
     #[arg(long, value_name = "N", default_value = "1")]
     seed: u64,
+    /// What was measured as lines of comma-separated values, to this file
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// A picture of it, in SVG, to this file; of several, to files of its name with pattern and VMs in it
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = PAGING_HELP)]
+pub(super) struct PagingArgs {
+    #[command(flatten)]
+    walk: WalkArgs,
+    /// Accesses before a list begins anew, in working sets
+    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u32).range(1..=64))]
+    rounds: u32,
     /// What perdure's process may have beyond RAM and what it has before its guest begins
     #[arg(long, value_name = "SIZE", default_value = "32M")]
     overhead: ByteSize,
@@ -47,15 +64,6 @@ pub(super) struct PagingArgs {
     /// How often all of it is measured
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
-    /// A line of comma-separated values for each walk, to this file
-    #[arg(long, value_name = "FILE")]
-    csv: Option<PathBuf>,
-    /// A picture of it, to this file, in SVG
-    #[arg(long, value_name = "FILE")]
-    plot: Option<PathBuf>,
-    /// One JSON document on standard output
-    #[arg(long)]
-    json: bool,
 }
 
 const PAGING_HELP: &str = "\
@@ -64,67 +72,48 @@ accesses. That needs root. Swap belongs to the whole system; it is taken back in
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ResidenceArgs {
-    /// Orders of accesses, separated by commas
-    #[arg(long, value_enum, value_name = "PATTERN", value_delimiter = ',', default_values_t = Pattern::ALL)]
-    pattern: Vec<Pattern>,
+    #[command(flatten)]
+    walk: WalkArgs,
     /// How many VMs share the RAM; numbers separated by commas
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,2", value_parser = clap::value_parser!(u32).range(1..=16))]
     vms: Vec<u32>,
-    /// RAM of all VMs together; each has four times its part as memory, and a working set of almost that
-    #[arg(long, value_name = "SIZE", default_value = "128M")]
-    ram: ByteSize,
-    /// What their regions lie on
-    #[arg(long, value_name = "MEDIUM", default_value = "nvdimm")]
-    medium: MediumKind,
-    /// Per cent of accesses that write
-    #[arg(long, value_name = "N", default_value = "30", value_parser = clap::value_parser!(u32).range(0..=100))]
-    writes: u32,
-    /// Seed of the lists
-    #[arg(long, value_name = "N", default_value = "1")]
-    seed: u64,
+    /// Ways back, separated by commas
+    #[arg(long, value_enum, value_name = "WAY", value_delimiter = ',', default_values_t = Way::ALL)]
+    way: Vec<Way>,
     /// How long it is observed before the outage, after once through its list
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
     before: std::time::Duration,
     /// How long it is observed after it, in each way back
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
     after: std::time::Duration,
-    /// Every moment as a line of comma-separated values, to this file
-    #[arg(long, value_name = "FILE")]
-    csv: Option<PathBuf>,
-    /// Pictures of it, in SVG: to this file, or, where there are several rows, to files of its name with pattern and VMs in it
-    #[arg(long, value_name = "FILE")]
-    plot: Option<PathBuf>,
-    /// One JSON document on standard output
-    #[arg(long)]
-    json: bool,
 }
 
 pub(super) fn paging(parent: &Path, args: &PagingArgs) -> anyhow::Result<()> {
     let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
     let plan = paging::Plan {
-        ram: args.ram,
-        medium: Some(args.medium),
-        write_percent: args.writes,
+        ram: args.walk.ram,
+        medium: Some(args.walk.medium),
+        write_percent: args.walk.writes,
         rounds: args.rounds,
-        seed: args.seed,
+        seed: args.walk.seed,
         overhead: args.overhead,
         warm_up_ms: milliseconds(args.warm_up),
         length_ms: milliseconds(args.length),
     };
     let mut results = Vec::new();
     for run in 1..=args.runs {
-        for pattern in &args.pattern {
-            eprintln!("perdure: paging: {pattern}, {} of RAM, run {run} of {}", args.ram, args.runs);
+        for pattern in &args.walk.pattern {
+            eprintln!("perdure: paging: {pattern}, {} of RAM, run {run} of {}", args.walk.ram, args.runs);
             results.push(paging::measure(&pool, &plan, *pattern)?);
         }
     }
-    if let Some(path) = &args.csv {
+    if let Some(path) = &args.walk.csv {
         write(path, &paging_csv(&results))?;
     }
-    if let Some(path) = &args.plot {
+    if let Some(path) = &args.walk.plot {
         write(path, &paging_plot(&results)?)?;
     }
-    if args.json {
+    if args.walk.json {
         output::json(&Results { conditions, results: results.iter().collect() })?;
         return all_walked(&results);
     }
@@ -136,8 +125,10 @@ pub(super) fn paging(parent: &Path, args: &PagingArgs) -> anyhow::Result<()> {
         if let Some(ratio) = result.ratio {
             say!("{pattern}: {ratio:.2} times the kernel's swap");
         }
-        if let Some(overhead) = result.overhead_percent {
-            say!("{pattern}: where all fits, the pager costs {overhead:.1} %");
+        if let Some(Overhead { percent, quartiles: [low, high], pairs, threads_percent, .. }) = &result.overhead {
+            say!(
+                "{pattern}: where all fits, the pager costs {percent:.1} % (quartiles {low:.1} and {high:.1}, {pairs} pairs); its threads took {threads_percent:.2} % of the processor time"
+            );
         }
     }
     for absent in results.iter().take(1).flat_map(|result| &result.legs).filter_map(|leg| leg.absent.as_ref()) {
@@ -245,30 +236,31 @@ pub(super) fn residence(parent: &Path, args: &ResidenceArgs) -> anyhow::Result<(
     let (pool, conditions) = (BenchPool::create(parent)?, Conditions::now());
     let mut results = Vec::new();
     for vms in &args.vms {
-        for pattern in &args.pattern {
-            eprintln!("perdure: residence: {pattern}, {} of RAM, {vms} VMs", args.ram);
+        for pattern in &args.walk.pattern {
+            eprintln!("perdure: residence: {pattern}, {} of RAM, {vms} VMs", args.walk.ram);
             let plan = residence::Plan {
-                ram: args.ram,
+                ram: args.walk.ram,
                 vms: *vms,
-                medium: Some(args.medium),
-                write_percent: args.writes,
-                seed: args.seed,
+                ways: args.way.clone(),
+                medium: Some(args.walk.medium),
+                write_percent: args.walk.writes,
+                seed: args.walk.seed,
                 before_ms: milliseconds(args.before),
                 after_ms: milliseconds(args.after),
             };
             results.push(residence::measure(&pool, &plan, *pattern)?);
         }
     }
-    if let Some(path) = &args.csv {
+    if let Some(path) = &args.walk.csv {
         write(path, &residence_csv(&results))?;
     }
-    if let Some(path) = &args.plot {
+    if let Some(path) = &args.walk.plot {
         for result in &results {
             let path = if results.len() == 1 { path.clone() } else { of_row(path, result) };
             write(&path, &plot::charts(&residence_charts(result))?)?;
         }
     }
-    if args.json {
+    if args.walk.json {
         return output::json(&Results { conditions, results });
     }
     let rows: Vec<Vec<String>> = results.iter().flat_map(residence_rows).collect();
@@ -372,6 +364,7 @@ fn residence_charts(result: &ResidenceResult) -> Vec<Chart> {
                 across: "seconds since it could come back".to_owned(),
                 up: up.to_owned(),
                 series: std::iter::once(before).chain(after).collect(),
+                marks: vec![(0.0, "the outage".to_owned())],
             }
         };
         SHOWN.map(chart)
