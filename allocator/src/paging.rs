@@ -35,6 +35,7 @@ mod evict;
 mod faults;
 mod frames;
 mod read_ahead;
+mod signal;
 mod slots;
 mod state;
 mod status;
@@ -45,7 +46,7 @@ mod tests;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -54,10 +55,11 @@ use crate::medium::PAGE_SIZE;
 use crate::medium::paged::PagedMemory;
 use crate::region::Region;
 pub use elsewhere::Elsewhere;
+use signal::Signal;
 use slots::{Layout, SwapFile};
 use state::{AWAITED, BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, SAVED, State};
 pub use status::{PagingError, PagingEvent, PagingEvents, PagingStatus};
-use store::FrameStore;
+use store::{FrameStore, Spot};
 
 /// The least that a fault brings: 4 pages cost little more than one. With 16 (64 KiB) a walk in which hot pages lie scattered (zipf over 4
 /// times its RAM) got on half as fast, and a uniform one two thirds: they bring, and keep, what is not used.
@@ -152,15 +154,15 @@ struct Shared {
     events: PagingEvents,
     state: Mutex<State>,
     /// A cluster's work is done, or it is mapped.
-    changed: Condvar,
+    changed: Signal,
     /// `evict` may have something to do.
-    pressure: Condvar,
+    pressure: Signal,
     /// `ahead` has something to do.
-    wish: Condvar,
+    wish: Signal,
     bell: OwnedFd,
     elsewhere: Option<Elsewhere>,
     /// `fetch` has something to do.
-    fetch: Condvar,
+    fetch: Signal,
     /// Faults that were heard of and are yet to be served.
     waiting: AtomicUsize,
 }
@@ -213,13 +215,12 @@ impl Pager {
         if elsewhere.as_ref().is_some_and(|elsewhere| !state.mark_elsewhere(&elsewhere.present)) {
             return Err(swap.refuse("they have memory of which the context says that it is yet to come"));
         }
-        let system = |doing| move |source: std::io::Error| PagingError::System { doing, source };
-        let memory = PagedMemory::reserve(geometry.memory, geometry.cluster);
-        let memory = memory.map_err(system("page guest memory (userfaultfd)"))?;
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(std::io::Error::from);
-        let bell = bell.map_err(system("make an event descriptor"))?;
+        let memory = store.reserve(geometry)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell =
+            bell.map_err(|errno| PagingError::System { doing: "make an event descriptor", source: errno.into() })?;
         let state = Mutex::new(state);
-        let [changed, pressure, wish, fetch] = std::array::from_fn(|_| Condvar::new());
+        let [changed, pressure, wish, fetch] = std::array::from_fn(|_| Signal::default());
         let waiting = AtomicUsize::new(0);
         let shared = Shared {
             geometry,
@@ -320,7 +321,7 @@ impl Pager {
         let limit = state.frames.limit();
         state.policy.set_frames(limit);
         drop(state);
-        self.shared.pressure.notify_all();
+        self.shared.pressure.tell();
         // Who was not served for want of a frame may be now.
         self.shared.ring();
     }
@@ -338,16 +339,16 @@ impl Pager {
         let mut state = self.shared.state();
         state.held = true;
         while state.busy > 0 && !state.ended {
-            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.shared.changed.wait(state);
         }
     }
 
     /// See [`Pager::hold`].
     pub fn go_on(&self) {
         self.shared.state().held = false;
-        self.shared.fetch.notify_all();
-        self.shared.pressure.notify_all();
-        self.shared.wish.notify_all();
+        self.shared.fetch.tell();
+        self.shared.pressure.tell();
+        self.shared.wish.tell();
     }
 
     /// Makes all memory durable where it is, and the tables that say where. Returns the digest of these, for the context, and how many
@@ -364,7 +365,7 @@ impl Drop for Pager {
     fn drop(&mut self) {
         self.shared.state().ended = true;
         for condition in [&self.shared.changed, &self.shared.pressure, &self.shared.wish, &self.shared.fetch] {
-            condition.notify_all();
+            condition.tell();
         }
         // The thread `faults` last: it was started first, and others wait for it.
         while let Some(thread) = self.threads.pop() {
@@ -386,7 +387,7 @@ impl Shared {
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+        self.changed.wait(state)
     }
 
     /// `faults` is to look at its backlog.
@@ -417,7 +418,7 @@ impl Shared {
         if state.end_work(cluster) {
             self.ring();
         }
-        self.changed.notify_all();
+        self.changed.tell();
     }
 
     /// Waits until a cluster is mapped.

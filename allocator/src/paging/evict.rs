@@ -1,10 +1,9 @@
 //! The thread that keeps frames free, and whoever else takes memory out of frames.
 
-use std::sync::PoisonError;
-
 use super::slots::Buffer;
 use super::{
-    BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, Piece, SAVED, Shared, State,
+    AWAITED, BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, Piece, SAVED, Shared,
+    Spot, State,
 };
 use crate::medium::paged::WITHDRAWN_MAX;
 
@@ -46,7 +45,7 @@ impl Shared {
         loop {
             let mut state = self.state();
             while !state.ended && (state.held || !self.has_work(&state)) {
-                state = self.pressure.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.pressure.wait(state);
             }
             if state.ended {
                 return;
@@ -82,7 +81,7 @@ impl Shared {
     fn rest(&self) {
         let state = self.state();
         if !state.ended {
-            drop(self.pressure.wait_timeout(state, AGAIN));
+            drop(self.pressure.wait_at_most(state, AGAIN));
         }
     }
 
@@ -129,7 +128,7 @@ impl Shared {
             ring |= state.end_work(*cluster);
         }
         drop(state);
-        self.changed.notify_all();
+        self.changed.tell();
         if ring {
             self.ring();
         }
@@ -185,7 +184,11 @@ impl Shared {
             (state.frames.frame_of(cluster), state.has(cluster, IN_IMAGE), known)
         };
         let Some(frame) = frame else { return Fate::Stays };
-        let read = if image { self.store.read_image(frame, 0, bytes) } else { self.store.read(frame, 0, bytes) };
+        let read = if image {
+            self.store.read_image(frame, 0, bytes)
+        } else {
+            self.store.read(Spot { cluster, frame }, 0, bytes)
+        };
         if let Err(error) = read {
             self.tell_unwritable(error);
             return Fate::Stays;
@@ -240,7 +243,7 @@ impl Shared {
 
     fn finish(&self, victims: &[u32], fates: &[Fate]) -> bool {
         let mut state = self.state();
-        let mut left = 0;
+        let mut leaving = Vec::with_capacity(victims.len());
         for (cluster, fate) in victims.iter().zip(fates) {
             let cluster = *cluster;
             match fate {
@@ -252,31 +255,50 @@ impl Shared {
                     state.set(cluster, KNOWN);
                 }
             }
-            let awaited = state.end_work(cluster);
-            if *fate == Fate::Stays || awaited {
+            if *fate == Fate::Stays || state.has(cluster, AWAITED) {
                 // Somebody wants it: it stays where it is, and what was written was not for nothing.
+                state.end_work(cluster);
                 state.policy.prefetched(cluster);
-                continue;
+            } else {
+                leaving.push(cluster);
+                match fate {
+                    Fate::Zeros | Fate::Stays => {}
+                    Fate::Dropped => state.status.dropped += 1,
+                    Fate::Written { .. } => state.status.written += 1,
+                }
             }
-            left += 1;
-            state.frames.give_back(cluster);
-            state.clear(cluster, SAVED | IN_IMAGE);
-            match fate {
-                Fate::Zeros | Fate::Stays => {}
-                Fate::Dropped => state.status.dropped += 1,
-                Fate::Written { .. } => state.status.written += 1,
-            }
-            state.status.swapped += u64::from(state.slots.of(cluster).is_some());
         }
-        let full = left == 0 && fates.contains(&Fate::Stays) && !state.unwritable;
-        let news = self.news(&mut state, full, left > 0);
         drop(state);
-        self.changed.notify_all();
-        self.ring();
+        self.leave(&mut leaving);
+        let mut state = self.state();
+        let left = !leaving.is_empty();
+        let full = !left && fates.contains(&Fate::Stays) && !state.unwritable;
+        let news = self.news(&mut state, full, left);
+        let ring = !state.backlog.is_empty();
+        drop(state);
+        self.changed.tell();
+        if ring {
+            self.ring();
+        }
         if let Some(event) = news {
             (self.events)(event);
         }
-        left > 0
+        left
+    }
+
+    /// Frees the frames of busy clusters.
+    fn leave(&self, leaving: &mut [u32]) {
+        leaving.sort_unstable();
+        for run in leaving.chunk_by(|one, next| one + 1 == *next) {
+            self.store.forget(run[0], run.len() as u32);
+        }
+        let mut state = self.state();
+        for cluster in leaving.iter().copied() {
+            state.frames.give_back(cluster);
+            state.clear(cluster, SAVED | IN_IMAGE);
+            state.status.swapped += u64::from(state.slots.of(cluster).is_some());
+            state.end_work(cluster);
+        }
     }
 
     /// What is to be told of a swap region that is full, or has room again.
@@ -309,7 +331,7 @@ impl Shared {
         for cluster in whole {
             self.discard_one(cluster);
         }
-        self.changed.notify_all();
+        self.changed.tell();
         self.ring();
         Ok(())
     }
@@ -326,6 +348,9 @@ impl Shared {
         let mapped = state.has(cluster, MAPPED);
         drop(state);
         let withdrawn = !mapped || self.memory.withdraw(cluster, 1).is_ok();
+        if withdrawn {
+            self.store.forget(cluster, 1);
+        }
         let mut state = self.state();
         if withdrawn {
             let swapped = state.slots.of(cluster).is_some() && state.frames.frame_of(cluster).is_none();
@@ -349,7 +374,7 @@ impl Shared {
             let mut bytes = 0;
             for (cluster, frame) in &list {
                 if !state.has(*cluster, SAVED) {
-                    self.store.save(*frame, &mut buffer)?;
+                    self.store.save(Spot { cluster: *cluster, frame: *frame }, &mut buffer)?;
                     bytes += self.geometry.cluster;
                 }
             }
@@ -397,7 +422,7 @@ impl Shared {
         drop(state);
         let read = match (frame, slot) {
             (Some(frame), _) if image => self.store.read_image(frame, within, into),
-            (Some(frame), _) => self.store.read(frame, within, into),
+            (Some(frame), _) => self.store.read(Spot { cluster, frame }, within, into),
             (None, slot) => {
                 let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
                 let read = match slot {

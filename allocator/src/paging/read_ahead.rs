@@ -5,10 +5,9 @@
 //! brought while it uses this one (the marker page of Linux's read-ahead does the same).
 
 use std::ops::Range;
-use std::sync::PoisonError;
 
 use super::slots::Buffer;
-use super::{BUSY, IN_IMAGE, LOST, MAPPED, PagingError, SAVED, Shared, State};
+use super::{BUSY, IN_IMAGE, LOST, MAPPED, PagingError, SAVED, Shared, Spot, State};
 
 /// Sequences that are followed at a time.
 const STREAMS: usize = 8;
@@ -69,7 +68,7 @@ impl Shared {
         loop {
             let mut state = self.state();
             while !state.ended && (state.held || (state.ahead.is_empty() && state.to_place.is_empty())) {
-                state = self.wish.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.wish.wait(state);
             }
             if state.ended {
                 return;
@@ -89,16 +88,17 @@ impl Shared {
             let Some(cluster) = state.to_place.pop() else { return };
             let absent = MAPPED | BUSY | LOST | IN_IMAGE;
             let Some(frame) = state.frames.frame_of(cluster).filter(|_| !state.has(cluster, absent)) else { continue };
+            let spot = |state: &State, cluster| Some(Spot { cluster, frame: state.frames.frame_of(cluster)? });
             let (mut count, next) = (1, |state: &State, count| {
-                let there = state.frames.frame_of(cluster + count) == Some(frame + count);
+                let pair = spot(state, cluster + count - 1).zip(spot(state, cluster + count));
+                let there = pair.is_some_and(|(one, next)| self.store.follows(one, next));
                 there && state.to_place.last() == Some(&(cluster + count)) && !state.has(cluster + count, absent)
             });
             while next(state, count) {
                 state.to_place.pop();
                 count += 1;
             }
-            let placed = self.store.file().map(|file| self.memory.place(file, frame, cluster, count));
-            if matches!(placed, Ok(Ok(()))) {
+            if self.store.place(&self.memory, Spot { cluster, frame }, count).is_ok() {
                 (cluster..cluster + count).for_each(|cluster| {
                     state.clear(cluster, SAVED);
                     state.set(cluster, MAPPED);
@@ -152,9 +152,10 @@ impl Shared {
     /// Reads the slots of a run into its frames, verified.
     fn read_run(&self, run: Range<u32>, buffer: &mut Buffer) -> Result<(), PagingError> {
         let cluster = usize::try_from(self.geometry.cluster).unwrap_or(0);
-        let (slots, frames): (Vec<_>, Vec<_>) = {
+        let (slots, spots): (Vec<_>, Vec<_>) = {
             let state = self.state();
-            run.clone().filter_map(|at| Some((state.slots.of(at)?, state.frames.frame_of(at)?))).unzip()
+            let spot = |cluster| Some(Spot { cluster, frame: state.frames.frame_of(cluster)? });
+            run.clone().filter_map(|at| Some((state.slots.of(at)?, spot(at)?))).unzip()
         };
         let Some(first) = slots.first() else { return Ok(()) };
         let bytes = buffer.room(slots.len() * cluster);
@@ -166,16 +167,20 @@ impl Shared {
             }
         }
         let mut done = 0;
-        for frames in frames.chunk_by(|one, next| one + 1 == *next) {
-            let bytes = bytes.get(done * cluster..(done + frames.len()) * cluster).unwrap_or_default();
-            self.store.write(*frames.first().unwrap_or(&0), bytes)?;
-            done += frames.len();
+        for spots in spots.chunk_by(|one, next| self.store.follows(*one, *next)) {
+            let Some(first) = spots.first() else { continue };
+            let bytes = bytes.get(done * cluster..(done + spots.len()) * cluster).unwrap_or_default();
+            self.store.write(*first, bytes)?;
+            done += spots.len();
         }
         Ok(())
     }
 
     /// Gives a run to the guest, or back: whoever asks for a cluster of it finds out by itself what is wrong.
     fn finish_run(&self, run: Range<u32>, marker: u32, good: bool) {
+        if !good {
+            self.store.forget(run.start, run.end - run.start);
+        }
         let mut state = self.state();
         let mut ring = false;
         for cluster in run.clone() {
@@ -199,25 +204,27 @@ impl Shared {
             }
         }
         drop(state);
-        self.changed.notify_all();
+        self.changed.tell();
         if ring {
             self.ring();
         }
     }
 
     fn place_run(&self, state: &mut State, run: Range<u32>, marker: u32) {
-        let Ok(file) = self.store.file() else { return };
+        let spot = |state: &State, cluster| Some(Spot { cluster, frame: state.frames.frame_of(cluster)? });
         let mut at = run.start;
         while at < run.end {
-            let Some(frame) = state.frames.frame_of(at).filter(|_| at != marker) else {
+            let Some(first) = spot(state, at).filter(|_| at != marker) else {
                 at += 1;
                 continue;
             };
-            let mut count = 1;
-            while at + count < run.end && state.frames.frame_of(at + count) == Some(frame + count) {
-                count += 1;
+            let (mut count, mut last) = (1, first);
+            while at + count < run.end
+                && let Some(next) = spot(state, at + count).filter(|next| self.store.follows(last, *next))
+            {
+                (count, last) = (count + 1, next);
             }
-            if self.memory.place(file, frame, at, count).is_ok() {
+            if self.store.place(&self.memory, first, count).is_ok() {
                 (at..at + count).for_each(|cluster| {
                     state.set(cluster, MAPPED);
                 });

@@ -30,16 +30,6 @@ fn geometry() -> Geometry {
     Geometry::new(MEMORY, RAM).unwrap()
 }
 
-impl FrameStore {
-    /// What frames take in memory; `None` if that cannot be told.
-    fn in_memory(&self) -> Option<u64> {
-        let file = self.file().unwrap();
-        let file = std::fs::File::from(file.file.try_clone_to_owned().unwrap());
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
-        if self.is_apart() { Some(blocks) } else { self.cached_bytes() }
-    }
-}
-
 impl Home {
     fn new(medium: MediumKind, swap_bytes: u64) -> Self {
         Self::with_ram(medium, swap_bytes, RAM)
@@ -358,7 +348,7 @@ fn less_ram_may_be_used_from_now_on_and_more_again_and_what_is_not_used_is_given
             std::thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(pager.status().frames, 32);
-        let used = pager.shared.store.in_memory();
+        let used = pager.shared.store.memory_in_use();
         assert!(used.is_none_or(|bytes| bytes <= 40 * CLUSTER), "{used:?}");
         walk(&pager, &mut model, (0, 1), 4, 1000);
         pager.set_ram(u64::MAX);
