@@ -13,7 +13,7 @@ use super::evict::{AGAIN, digest, is_zero};
 use super::faults::{Need, Source};
 use super::slots::Buffer;
 use super::{BUSY, ELSEWHERE, IN_IMAGE, KNOWN, LOST, Pager, PagingError, PagingEvent, SAVED, Shared, State};
-use crate::pager::ClusterSource;
+use crate::filler::ClusterSource;
 
 /// How long faults have the disk before `fetch` looks again.
 const YIELD: Duration = Duration::from_micros(500);
