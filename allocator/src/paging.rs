@@ -1,7 +1,7 @@
 //! A guest with more memory than there is RAM for it: the rest is in a swap region.
 //!
 //! ```text
-//!               guest memory, in clusters of 16 KiB or more
+//!               guest memory, in clusters of 4 KiB or more
 //!   ┌──────────┬──────────┬──────────┬──────────┬──────────┐
 //!   │  mapped  │  zero    │ standby  │ swapped  │  mapped  │
 //!   └────┬─────┴──────────┴────┬─────┴────┬─────┴────┬─────┘
@@ -23,6 +23,12 @@
 //!
 //! **What did not change** since it came from its slot is dropped without a write. That is decided by 128 bits of BLAKE3 over the cluster, not
 //! by write protection: hashing costs the evicting thread some 15 µs a cluster, a protection fault the guest 2 µs a page and more.
+//!
+//! **Where frames are memory of this process's own** (`nvdimm`), guest memory is one mapping of a memfd and a cluster may be a page
+//! ([`crate::medium::paged`]). Elsewhere each cluster is mapped by itself, and is larger, since mappings are few and dear.
+//!
+//! **Slots** have their clusters' numbers as far as there are such slots, so that what lies side by side in memory does on the disk; and those of a
+//! batch that do not are written, or read, at a time.
 //!
 //! **A freeze** writes down which cluster is in which frame and slot (tables in the swap region, 8 bytes a cluster; their digest is in the
 //! context). After a resume the same clusters are in the same frames, so the guest has the very residence that it had.
@@ -51,8 +57,8 @@ use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::medium::PAGE_SIZE;
 use crate::medium::paged::PagedMemory;
+use crate::medium::{MediumKind, PAGE_SIZE};
 use crate::region::Region;
 pub use elsewhere::Elsewhere;
 use signal::Signal;
@@ -61,12 +67,12 @@ use state::{AWAITED, BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, SAV
 pub use status::{PagingError, PagingEvent, PagingEvents, PagingStatus};
 use store::{FrameStore, Spot};
 
-/// The least that a fault brings: 4 pages cost little more than one. With 16 (64 KiB) a walk in which hot pages lie scattered (zipf over 4
-/// times its RAM) got on half as fast, and a uniform one two thirds: they bring, and keep, what is not used.
-const CLUSTER_MIN: u64 = 16 << 10;
-/// Most frames: each may be a VMA of its own beside a placeholder, and `vm.max_map_count` is 65530. So up to 468 MiB of RAM have the least
+/// The least cluster where each is mapped by itself: 4 pages cost little more than one. With 16 (64 KiB) a walk in which hot pages lie scattered
+/// (zipf over 4 times its RAM) got on half as fast, and a uniform one two thirds: they bring, and keep, what is not used.
+const MAPPED_MIN: u64 = 16 << 10;
+/// Most frames there: each may be a VMA of its own beside a placeholder, and `vm.max_map_count` is 65530. So up to 468 MiB of RAM have the least
 /// cluster, 1 GiB has 64 KiB.
-const FRAMES_MAX: u64 = 30_000;
+const MAPPED_MAX: u64 = 30_000;
 /// Most clusters: the tables that a freeze writes are 8 bytes for each.
 const CLUSTERS_MAX: u64 = 1 << 17;
 /// Fewest frames: the threads need some at once, beside those of the pages that one instruction touches.
@@ -82,12 +88,23 @@ pub struct Geometry {
     frames: u32,
 }
 
+/// Whether guest memory is one mapping, whatever is in frames: see [`crate::medium::paged`].
+fn is_one_mapping(medium: Option<MediumKind>) -> bool {
+    medium == Some(MediumKind::Nvdimm)
+}
+
+fn least_cluster(memory: u64, medium: Option<MediumKind>) -> u64 {
+    let least = if is_one_mapping(medium) { PAGE_SIZE } else { MAPPED_MIN };
+    memory.div_ceil(CLUSTERS_MAX).max(least)
+}
+
 impl Geometry {
-    /// Of `memory` bytes that the guest sees and `ram` bytes of RAM. `None` if RAM is too little for it, or has no whole pages.
+    /// Of `memory` bytes that the guest sees and `ram` bytes of RAM on a medium; where that is not told it may be any. `None` if RAM is too little
+    /// for it, or has no whole pages.
     #[must_use]
-    pub fn new(memory: u64, ram: u64) -> Option<Self> {
-        let least = ram.div_ceil(FRAMES_MAX).max(memory.div_ceil(CLUSTERS_MAX)).max(CLUSTER_MIN);
-        let cluster = least.checked_next_power_of_two()?;
+    pub fn new(memory: u64, ram: u64, medium: Option<MediumKind>) -> Option<Self> {
+        let mapped = if is_one_mapping(medium) { 0 } else { ram.div_ceil(MAPPED_MAX) };
+        let cluster = mapped.max(least_cluster(memory, medium)).checked_next_power_of_two()?;
         let frames = u32::try_from(ram / cluster).ok().filter(|frames| u64::from(*frames) >= FRAMES_MIN)?;
         let whole = memory.is_multiple_of(PAGE_SIZE) && memory > 0;
         whole.then_some(Self { memory, cluster, frames })
@@ -95,8 +112,8 @@ impl Geometry {
 
     /// The least RAM that a guest with so much memory can have, in bytes.
     #[must_use]
-    pub fn least_ram(memory: u64) -> u64 {
-        memory.div_ceil(CLUSTERS_MAX).max(CLUSTER_MIN).next_power_of_two().saturating_mul(FRAMES_MIN)
+    pub fn least_ram(memory: u64, medium: Option<MediumKind>) -> u64 {
+        least_cluster(memory, medium).next_power_of_two().saturating_mul(FRAMES_MIN)
     }
 
     /// Bytes that the guest sees.

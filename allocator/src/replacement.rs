@@ -57,7 +57,7 @@ const UNMAPS_A_VICTIM: u32 = 2;
 /// Clusters that may be unmapped where there is no victim.
 const UNMAPS_FOR_A_VICTIM: u32 = 16;
 /// Unmappings that may be owed: more than the victims of a batch ask for.
-const UNMAPS_OWED_MAX: u32 = 256;
+const UNMAPS_OWED_MAX: u32 = 1024;
 /// Of main, this part is on standby: 1 in …. A greater part finds the coldest better, and costs more soft faults.
 const MAIN_STANDBY: u32 = 7;
 /// Of probation, this part is on standby: 1 in ….

@@ -45,8 +45,8 @@ const CONTINUE_DONTWAKE: u64 = 1;
 const THREAD: std::ops::Range<usize> = 24..28;
 /// Messages taken at a time.
 const MESSAGES: usize = 16;
-/// Clusters that are withdrawn at once, at most.
-pub const WITHDRAWN_MAX: u32 = 16;
+/// Clusters that are withdrawn at once, at most, by moving placeholders.
+const WITHDRAWN_MAX: u32 = 16;
 
 /// Guest memory of which clusters are placed and withdrawn. Unmapped when dropped.
 #[derive(Debug)]
@@ -259,14 +259,14 @@ impl PagedMemory {
         Ok(())
     }
 
-    /// Takes what is placed or shown at up to [`WITHDRAWN_MAX`] clusters away, in one step for each page: from then on an access waits. With
+    /// Takes what is placed or shown at up to [`PagedMemory::withdrawn_at_once`] clusters away, in one step for each page: from then on an access waits. With
     /// [`PagedMemory::reserve`] it is not to be called by the thread that reads events, or one that it waits for: this returns when the event
     /// was read.
     ///
     /// # Errors
     /// As the system says.
     pub fn withdraw(&self, cluster: u32, count: u32) -> io::Result<()> {
-        let (start, length) = self.range(cluster, count.min(WITHDRAWN_MAX))?;
+        let (start, length) = self.range(cluster, count)?;
         let Kind::Pieces(placeholders) = self.kind else {
             // SAFETY: the range lies in the addresses that this owns. They are a shared mapping, so that what was written to them stays in
             // the memfd, and all that changes is that the next access waits.
@@ -274,6 +274,9 @@ impl PagedMemory {
                 unsafe { rustix::mm::madvise(self.base.as_ptr().add(start).cast(), length, Advice::LinuxDontNeed) };
             return Ok(emptied?);
         };
+        if length > self.cluster * WITHDRAWN_MAX as usize {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
         // SAFETY: the target lies in the addresses that this owns, so a part of those is replaced and nothing else, by memory that is as
         // readable and writable; the source is this value's own and as long as WITHDRAWN_MAX clusters, and holds nothing.
@@ -282,6 +285,15 @@ impl PagedMemory {
             rustix::mm::mremap_fixed(placeholders.as_ptr().cast(), length, length, flags, target)?;
         }
         Ok(())
+    }
+
+    /// How many clusters may be withdrawn at once.
+    #[must_use]
+    pub fn withdrawn_at_once(&self) -> usize {
+        match self.kind {
+            Kind::Pieces(_) => WITHDRAWN_MAX as usize,
+            Kind::Whole => usize::MAX,
+        }
     }
 
     /// Makes a cluster that cannot be had, and that nothing is placed at, one that cannot be accessed: who waits for it, or comes later,

@@ -93,6 +93,7 @@ impl Shared {
             return Need::Wait;
         }
         if state.has(cluster, MAPPED) {
+            self.changed.tell();
             return Need::Wake;
         }
         if let Some(frame) = state.frames.frame_of(cluster) {

@@ -12,6 +12,9 @@ use crate::medium::MediumKind;
 use crate::medium::paged::{FrameFile, PagedMemory};
 use crate::region::Region;
 
+/// Bytes that are written to the image at a time, at most.
+const SAVED_AT_ONCE: usize = 1 << 20;
+
 /// A cluster, and the frame that it is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Spot {
@@ -124,11 +127,23 @@ impl FrameStore {
         Ok(self.region.read_at(bytes, self.in_image(frame) + offset)?)
     }
 
-    /// Copies a cluster from working memory to the image.
-    pub(super) fn save(&self, spot: Spot, buffer: &mut Vec<u8>) -> Result<(), PagingError> {
-        buffer.resize(usize::try_from(self.cluster).unwrap_or(0), 0);
-        self.read(spot, 0, buffer)?;
-        Ok(self.region.write_at(buffer, self.in_image(spot.frame))?)
+    /// Copies clusters from working memory to the image, in the order of their frames, so that neighbours are written at once. Returns how many
+    /// bytes.
+    pub(super) fn save(&self, mut spots: Vec<Spot>) -> Result<u64, PagingError> {
+        spots.sort_unstable_by_key(|spot| spot.frame);
+        let size = usize::try_from(self.cluster).unwrap_or(0);
+        let mut buffer = Vec::new();
+        for run in spots.chunk_by(|one, next| one.frame + 1 == next.frame) {
+            for part in run.chunks((SAVED_AT_ONCE / size.max(1)).max(1)) {
+                let Some(first) = part.first() else { continue };
+                buffer.resize(part.len() * size, 0);
+                for (spot, bytes) in part.iter().zip(buffer.chunks_exact_mut(size)) {
+                    self.read(*spot, 0, bytes)?;
+                }
+                self.region.write_at(&buffer, self.in_image(first.frame))?;
+            }
+        }
+        Ok(spots.len() as u64 * self.cluster)
     }
 
     /// A free frame's memory is not needed for now: what it takes in RAM is given back, but not its place on the medium, so that it can be

@@ -170,7 +170,9 @@ fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions
             config.cpus
         );
     }
-    regions.set_config(config.clone());
+    // Said now and not then, or the reverse, it would be another division of memory.
+    let medium = regions.config().medium;
+    regions.set_config(VmConfig { medium, ..config.clone() });
     Ok(regions)
 }
 

@@ -372,7 +372,7 @@ pub(super) fn release(store: &Store, id: &GenerationId) -> Result<(), StoreError
 #[derive(Debug)]
 pub(super) struct PagedMemory(pub(super) Arc<filler::Filler>);
 
-// SAFETY: the pager keeps its mapping, at a fixed address; pieces of it are replaced by the file they stand for, mapped readable and
+// SAFETY: the filler keeps its mapping, at a fixed address; pieces of it are replaced by the file they stand for, mapped readable and
 // writable, and no references are handed out. A piece that was refused is told by `bring_in`.
 unsafe impl HostMemory for PagedMemory {
     fn as_ptr(&self) -> *mut u8 {
@@ -445,7 +445,7 @@ mod tests {
             assert!(record(cluster, vec![0xFF; bytes]).check(size, None).is_err(), "{cluster} {bytes}");
         }
         assert!(record(4096, vec![0; 1 << 17]).check(1 << 32, None).is_err(), "more clusters than can be mapped");
-        let paged = Geometry::new(size, Geometry::least_ram(size));
+        let paged = Geometry::new(size, Geometry::least_ram(size, None), None);
         assert!(record(16 << 10, vec![0; 5]).check(size, paged).is_ok());
         for (cluster, bytes, size) in
             [(4096, 20, size), (32 << 10, 3, size), (16 << 10, 6, size), (16 << 10, 5, size + 4096)]
