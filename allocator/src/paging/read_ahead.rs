@@ -259,4 +259,18 @@ mod tests {
         }
         assert!(streams.fault(u32::MAX).is_none());
     }
+
+    #[test]
+    fn a_sequence_goes_on_over_what_is_in_ram_already_and_from_where_the_last_window_was_cut_short() {
+        let mut streams = Streams::new(4 << 10);
+        assert_eq!((streams.fault(1000), streams.fault(1001)), (None, Some(1002..1003)));
+        assert_eq!(streams.fault(1003), Some(1004..1006));
+        streams.brought(1004, 1005, 1006);
+        assert_eq!(streams.fault(1004), None, "it was there, and is another sequence's beginning, if anything");
+        assert_eq!(streams.fault(1005), Some(1006..1010), "the first one that was brought");
+        streams.brought(1006, 1006, 1008);
+        assert_eq!(streams.fault(1011), Some(1012..1020), "nothing behind 1008 was brought, and some was there");
+        streams.brought(7, 8, 9);
+        assert_eq!(streams.fault(8), None, "of no window");
+    }
 }

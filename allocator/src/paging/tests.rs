@@ -258,6 +258,22 @@ fn a_sequence_is_read_ahead_and_what_did_not_change_is_not_written_again() {
 }
 
 #[test]
+fn memory_that_was_never_used_comes_as_zeros_ahead_of_a_sequence() {
+    for medium in [MediumKind::File, MediumKind::Nvdimm] {
+        let home = Home::new(medium, MEMORY);
+        let pager = home.pager(None);
+        let pages = MEMORY / PAGE_SIZE;
+        for page in 0..pages {
+            assert_eq!(read(&pager, page), 0);
+            write(&pager, page, page + 1);
+        }
+        let status = pager.status();
+        assert!(status.zero_faults < u64::from(geometry().clusters()), "{status:?}");
+        (0..pages).for_each(|page| assert_eq!(read(&pager, page), page + 1));
+    }
+}
+
+#[test]
 fn what_the_guest_needs_no_more_is_zeros_and_takes_no_room() {
     let home = Home::new(MediumKind::File, MEMORY);
     let pager = home.pager(None);
