@@ -17,7 +17,7 @@
 //!    write_at│    ▼
 //!        sync│  Mapping ── guest RAM ── persist: flush (file), CLWB (dax), save (nvdimm)
 //!            │    ▲
-//!            └─ Pager ── fills a region that is in use already, cluster by cluster, from a source
+//!            └─ Filler ── fills a region that is in use already, cluster by cluster, from a source
 //! ```
 //!
 //! A guest may have more memory than its RAM region: [`paging`] keeps what it uses in the frames of that region and the rest in a swap
@@ -28,12 +28,12 @@
 
 pub mod budget;
 pub mod catalog;
+pub mod filler;
 pub mod frame;
 pub mod header;
 pub mod lease;
 pub mod medium;
 pub mod name;
-pub mod pager;
 pub mod paging;
 pub mod pool;
 pub mod region;

@@ -1,7 +1,7 @@
 //! A guest with more memory than there is RAM for it: the rest is in a swap region.
 //!
 //! ```text
-//!               guest memory, in clusters of 16 KiB or more
+//!               guest memory, in clusters of 4 KiB or more
 //!   ┌──────────┬──────────┬──────────┬──────────┬──────────┐
 //!   │  mapped  │  zero    │ standby  │ swapped  │  mapped  │
 //!   └────┬─────┴──────────┴────┬─────┴────┬─────┴────┬─────┘
@@ -24,6 +24,12 @@
 //! **What did not change** since it came from its slot is dropped without a write. That is decided by 128 bits of BLAKE3 over the cluster, not
 //! by write protection: hashing costs the evicting thread some 15 µs a cluster, a protection fault the guest 2 µs a page and more.
 //!
+//! **Where frames are memory of this process's own** (`nvdimm`), guest memory is one mapping of a memfd and a cluster may be a page
+//! ([`crate::medium::paged`]). Elsewhere each cluster is mapped by itself, and is larger, since mappings are few and dear.
+//!
+//! **Slots** have their clusters' numbers as far as there are such slots, so that what lies side by side in memory does on the disk; and those of a
+//! batch that do not are written, or read, at a time.
+//!
 //! **A freeze** writes down which cluster is in which frame and slot (tables in the swap region, 8 bytes a cluster; their digest is in the
 //! context). After a resume the same clusters are in the same frames, so the guest has the very residence that it had.
 //!
@@ -35,6 +41,7 @@ mod evict;
 mod faults;
 mod frames;
 mod read_ahead;
+mod signal;
 mod slots;
 mod state;
 mod status;
@@ -45,26 +52,27 @@ mod tests;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::medium::PAGE_SIZE;
 use crate::medium::paged::PagedMemory;
+use crate::medium::{MediumKind, PAGE_SIZE};
 use crate::region::Region;
 pub use elsewhere::Elsewhere;
+use signal::Signal;
 use slots::{Layout, SwapFile};
 use state::{AWAITED, BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, SAVED, State};
 pub use status::{PagingError, PagingEvent, PagingEvents, PagingStatus};
-use store::FrameStore;
+use store::{FrameStore, Spot};
 
-/// The least that a fault brings: 4 pages cost little more than one. With 16 (64 KiB) a walk in which hot pages lie scattered (zipf over 4
-/// times its RAM) got on half as fast, and a uniform one two thirds: they bring, and keep, what is not used.
-const CLUSTER_MIN: u64 = 16 << 10;
-/// Most frames: each may be a VMA of its own beside a placeholder, and `vm.max_map_count` is 65530. So up to 468 MiB of RAM have the least
+/// The least cluster where each is mapped by itself: 4 pages cost little more than one. With 16 (64 KiB) a walk in which hot pages lie scattered
+/// (zipf over 4 times its RAM) got on half as fast, and a uniform one two thirds: they bring, and keep, what is not used.
+const MAPPED_MIN: u64 = 16 << 10;
+/// Most frames there: each may be a VMA of its own beside a placeholder, and `vm.max_map_count` is 65530. So up to 468 MiB of RAM have the least
 /// cluster, 1 GiB has 64 KiB.
-const FRAMES_MAX: u64 = 30_000;
+const MAPPED_MAX: u64 = 30_000;
 /// Most clusters: the tables that a freeze writes are 8 bytes for each.
 const CLUSTERS_MAX: u64 = 1 << 17;
 /// Fewest frames: the threads need some at once, beside those of the pages that one instruction touches.
@@ -80,12 +88,23 @@ pub struct Geometry {
     frames: u32,
 }
 
+/// Whether guest memory is one mapping, whatever is in frames: see [`crate::medium::paged`].
+fn is_one_mapping(medium: Option<MediumKind>) -> bool {
+    medium == Some(MediumKind::Nvdimm)
+}
+
+fn least_cluster(memory: u64, medium: Option<MediumKind>) -> u64 {
+    let least = if is_one_mapping(medium) { PAGE_SIZE } else { MAPPED_MIN };
+    memory.div_ceil(CLUSTERS_MAX).max(least)
+}
+
 impl Geometry {
-    /// Of `memory` bytes that the guest sees and `ram` bytes of RAM. `None` if RAM is too little for it, or has no whole pages.
+    /// Of `memory` bytes that the guest sees and `ram` bytes of RAM on a medium; where that is not told it may be any. `None` if RAM is too little
+    /// for it, or has no whole pages.
     #[must_use]
-    pub fn new(memory: u64, ram: u64) -> Option<Self> {
-        let least = ram.div_ceil(FRAMES_MAX).max(memory.div_ceil(CLUSTERS_MAX)).max(CLUSTER_MIN);
-        let cluster = least.checked_next_power_of_two()?;
+    pub fn new(memory: u64, ram: u64, medium: Option<MediumKind>) -> Option<Self> {
+        let mapped = if is_one_mapping(medium) { 0 } else { ram.div_ceil(MAPPED_MAX) };
+        let cluster = mapped.max(least_cluster(memory, medium)).checked_next_power_of_two()?;
         let frames = u32::try_from(ram / cluster).ok().filter(|frames| u64::from(*frames) >= FRAMES_MIN)?;
         let whole = memory.is_multiple_of(PAGE_SIZE) && memory > 0;
         whole.then_some(Self { memory, cluster, frames })
@@ -93,8 +112,8 @@ impl Geometry {
 
     /// The least RAM that a guest with so much memory can have, in bytes.
     #[must_use]
-    pub fn least_ram(memory: u64) -> u64 {
-        memory.div_ceil(CLUSTERS_MAX).max(CLUSTER_MIN).next_power_of_two().saturating_mul(FRAMES_MIN)
+    pub fn least_ram(memory: u64, medium: Option<MediumKind>) -> u64 {
+        least_cluster(memory, medium).next_power_of_two().saturating_mul(FRAMES_MIN)
     }
 
     /// Bytes that the guest sees.
@@ -152,15 +171,15 @@ struct Shared {
     events: PagingEvents,
     state: Mutex<State>,
     /// A cluster's work is done, or it is mapped.
-    changed: Condvar,
+    changed: Signal,
     /// `evict` may have something to do.
-    pressure: Condvar,
+    pressure: Signal,
     /// `ahead` has something to do.
-    wish: Condvar,
+    wish: Signal,
     bell: OwnedFd,
     elsewhere: Option<Elsewhere>,
     /// `fetch` has something to do.
-    fetch: Condvar,
+    fetch: Signal,
     /// Faults that were heard of and are yet to be served.
     waiting: AtomicUsize,
 }
@@ -213,13 +232,12 @@ impl Pager {
         if elsewhere.as_ref().is_some_and(|elsewhere| !state.mark_elsewhere(&elsewhere.present)) {
             return Err(swap.refuse("they have memory of which the context says that it is yet to come"));
         }
-        let system = |doing| move |source: std::io::Error| PagingError::System { doing, source };
-        let memory = PagedMemory::reserve(geometry.memory, geometry.cluster);
-        let memory = memory.map_err(system("page guest memory (userfaultfd)"))?;
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(std::io::Error::from);
-        let bell = bell.map_err(system("make an event descriptor"))?;
+        let memory = store.reserve(geometry)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell =
+            bell.map_err(|errno| PagingError::System { doing: "make an event descriptor", source: errno.into() })?;
         let state = Mutex::new(state);
-        let [changed, pressure, wish, fetch] = std::array::from_fn(|_| Condvar::new());
+        let [changed, pressure, wish, fetch] = std::array::from_fn(|_| Signal::default());
         let waiting = AtomicUsize::new(0);
         let shared = Shared {
             geometry,
@@ -320,7 +338,7 @@ impl Pager {
         let limit = state.frames.limit();
         state.policy.set_frames(limit);
         drop(state);
-        self.shared.pressure.notify_all();
+        self.shared.pressure.tell();
         // Who was not served for want of a frame may be now.
         self.shared.ring();
     }
@@ -338,16 +356,16 @@ impl Pager {
         let mut state = self.shared.state();
         state.held = true;
         while state.busy > 0 && !state.ended {
-            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.shared.changed.wait(state);
         }
     }
 
     /// See [`Pager::hold`].
     pub fn go_on(&self) {
         self.shared.state().held = false;
-        self.shared.fetch.notify_all();
-        self.shared.pressure.notify_all();
-        self.shared.wish.notify_all();
+        self.shared.fetch.tell();
+        self.shared.pressure.tell();
+        self.shared.wish.tell();
     }
 
     /// Makes all memory durable where it is, and the tables that say where. Returns the digest of these, for the context, and how many
@@ -364,7 +382,7 @@ impl Drop for Pager {
     fn drop(&mut self) {
         self.shared.state().ended = true;
         for condition in [&self.shared.changed, &self.shared.pressure, &self.shared.wish, &self.shared.fetch] {
-            condition.notify_all();
+            condition.tell();
         }
         // The thread `faults` last: it was started first, and others wait for it.
         while let Some(thread) = self.threads.pop() {
@@ -386,7 +404,7 @@ impl Shared {
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+        self.changed.wait(state)
     }
 
     /// `faults` is to look at its backlog.
@@ -417,7 +435,7 @@ impl Shared {
         if state.end_work(cluster) {
             self.ring();
         }
-        self.changed.notify_all();
+        self.changed.tell();
     }
 
     /// Waits until a cluster is mapped.

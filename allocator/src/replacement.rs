@@ -57,7 +57,7 @@ const UNMAPS_A_VICTIM: u32 = 2;
 /// Clusters that may be unmapped where there is no victim.
 const UNMAPS_FOR_A_VICTIM: u32 = 16;
 /// Unmappings that may be owed: more than the victims of a batch ask for.
-const UNMAPS_OWED_MAX: u32 = 256;
+const UNMAPS_OWED_MAX: u32 = 1024;
 /// Of main, this part is on standby: 1 in …. A greater part finds the coldest better, and costs more soft faults.
 const MAIN_STANDBY: u32 = 7;
 /// Of probation, this part is on standby: 1 in ….
@@ -83,22 +83,14 @@ enum Place {
     MainStandby,
 }
 
-/// The list of resident clusters that are pinned, wherever they would be without: absent ones are in none.
-const PINNED: Place = Place::Absent;
-
 impl Place {
     const ALL: usize = 5;
-
-    fn is_mapped(self) -> bool {
-        matches!(self, Self::ProbationMapped | Self::MainMapped)
-    }
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Node {
     previous: u32,
     next: u32,
-    pins: u32,
     place: Place,
     /// Main has lost it: it was displaced or evicted from there, and has not been used since.
     displaced: bool,
@@ -109,12 +101,7 @@ struct Node {
 }
 
 impl Node {
-    const NEW: Self =
-        Self { previous: NONE, next: NONE, pins: 0, place: Place::Absent, displaced: false, used: 0, since: 0 };
-
-    fn list(&self) -> Place {
-        if self.pins > 0 { PINNED } else { self.place }
-    }
+    const NEW: Self = Self { previous: NONE, next: NONE, place: Place::Absent, displaced: false, used: 0, since: 0 };
 }
 
 /// Oldest first.
@@ -129,7 +116,7 @@ struct List {
 pub struct Replacement {
     nodes: Vec<Node>,
     lists: [List; Place::ALL],
-    /// Clusters by place, pinned ones included.
+    /// Clusters by place.
     counts: [u32; Place::ALL],
     frames: u32,
     /// Frames that are in use when one is asked for: a pager keeps some free.
@@ -244,7 +231,7 @@ impl Replacement {
         let (probation, main) = (self.oldest(Place::ProbationMapped), self.oldest(Place::MainMapped));
         let probation_lacks = self.count(Place::ProbationStandby) < self.probation_count().div_ceil(PROBATION_STANDBY);
         let main_lacks = self.count(Place::MainStandby) < self.main_count().div_ceil(MAIN_STANDBY);
-        // Where there is no victim, because standby ones are pinned, say, this is to make one.
+        // Where there is no victim, this is to make one.
         let stuck = self.next_victim().is_none();
         let cluster = probation.filter(|_| probation_lacks || stuck).or(main.filter(|_| main_lacks || stuck))?;
         self.owed -= 1;
@@ -257,7 +244,7 @@ impl Replacement {
     }
 
     /// The next cluster to evict: it was on standby and is no longer resident. `None`: none is on standby; then
-    /// [`Replacement::demote`] gives one, unless all that are resident are pinned.
+    /// [`Replacement::demote`] gives one, if any is resident.
     pub fn victim(&mut self) -> Option<u32> {
         let Some(cluster) = self.next_victim() else {
             self.owed = self.owed.max(UNMAPS_FOR_A_VICTIM);
@@ -277,18 +264,8 @@ impl Replacement {
     pub fn removed(&mut self, cluster: u32) {
         self.place(cluster, Place::Absent);
         if let Some(node) = self.nodes.get_mut(cluster as usize) {
-            *node = Node { pins: node.pins, ..Node::NEW };
+            *node = Node::NEW;
         }
-    }
-
-    /// It is neither demoted nor a victim until it was unpinned as often as it was pinned; it need not be resident.
-    pub fn pin(&mut self, cluster: u32) {
-        self.set_pins(cluster, |pins| pins.saturating_add(1));
-    }
-
-    /// The reverse of [`Replacement::pin`]. It counts as used just now.
-    pub fn unpin(&mut self, cluster: u32) {
-        self.set_pins(cluster, |pins| pins.saturating_sub(1));
     }
 
     /// Hard faults so far for clusters that were evicted of late: a sixteenth more frames would have saved them, about. What more memory
@@ -298,9 +275,9 @@ impl Replacement {
         self.near_misses
     }
 
-    /// The resident clusters, hottest first as far as that is known: pinned ones, main, probation.
+    /// The resident clusters, hottest first as far as that is known: main, probation.
     pub fn recency(&self) -> impl Iterator<Item = u32> {
-        let places = [PINNED, Place::MainMapped, Place::MainStandby, Place::ProbationMapped, Place::ProbationStandby];
+        let places = [Place::MainMapped, Place::MainStandby, Place::ProbationMapped, Place::ProbationStandby];
         places.into_iter().flat_map(|place| {
             let newest = self.list(place).newest;
             std::iter::successors(self.linked(newest), |cluster| self.linked(self.node(*cluster)?.previous))
@@ -367,7 +344,7 @@ impl Replacement {
     }
 }
 
-/// The intrusive lists: a cluster is in that of its place, or of the pinned ones.
+/// The intrusive lists: a resident cluster is in that of its place.
 impl Replacement {
     fn node(&self, cluster: u32) -> Option<Node> {
         self.nodes.get(cluster as usize).copied()
@@ -405,7 +382,7 @@ impl Replacement {
             return;
         }
         self.counts[node.place as usize] += 1;
-        let list = &mut self.lists[node.list() as usize];
+        let list = &mut self.lists[node.place as usize];
         let previous = std::mem::replace(&mut list.newest, cluster);
         (node.previous, node.next) = (previous, NONE);
         match self.nodes.get_mut(previous as usize) {
@@ -417,7 +394,7 @@ impl Replacement {
     fn unlink(&mut self, cluster: u32) {
         let Some(node) = self.node(cluster).filter(|node| node.place != Place::Absent) else { return };
         self.counts[node.place as usize] -= 1;
-        let list = &mut self.lists[node.list() as usize];
+        let list = &mut self.lists[node.place as usize];
         match self.nodes.get_mut(node.previous as usize) {
             Some(previous) => previous.next = node.next,
             None => list.oldest = node.next,
@@ -426,26 +403,6 @@ impl Replacement {
             Some(next) => next.previous = node.previous,
             None => list.newest = node.previous,
         }
-    }
-
-    fn set_pins(&mut self, cluster: u32, change: impl FnOnce(u32) -> u32) {
-        let Some(pins) = self.node(cluster).map(|node| node.pins) else { return };
-        let changed = change(pins);
-        if (pins > 0) == (changed > 0) {
-            if let Some(node) = self.nodes.get_mut(cluster as usize) {
-                node.pins = changed;
-            }
-            return;
-        }
-        self.unlink(cluster);
-        let now = self.now;
-        if let Some(node) = self.nodes.get_mut(cluster as usize) {
-            node.pins = changed;
-            if node.place != Place::Absent && !node.place.is_mapped() {
-                node.since = now;
-            }
-        }
-        self.link(cluster);
     }
 
     fn set_used(&mut self, cluster: u32) {

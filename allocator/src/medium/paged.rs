@@ -13,13 +13,19 @@
 //! registered, at the price that `mremap` returns only when the thread that reads events has read of it.
 //!
 //! Neighbours become one VMA again by themselves; a process may have 65530 of them (`vm.max_map_count`).
+//!
+//! Where frames are memory of this process's own (`nvdimm`), all of that is needless: guest memory is one mapping of a memfd as long as
+//! itself, and a frame is what the memfd has at a cluster's own place. userfaultfd waits there for pages that are missing, and for those that
+//! are in the memfd and in no page table (`UFFDIO_REGISTER_MODE_MINOR`, Linux 5.14). Such a cluster is placed by `UFFDIO_CONTINUE` (1 µs), and
+//! withdrawn by `MADV_DONTNEED` (2 µs), which for a shared mapping empties page tables and nothing else. No VMA is made, nobody is woken, and
+//! page tables alone are locked.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 
-use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 use super::on_demand::{
     ADDRESS, EVENT_PAGEFAULT, IOCTL_REGISTER, IOCTL_WAKE, MESSAGE, MODE_MISSING, UffdioRange, UffdioRegister, control,
@@ -29,22 +35,46 @@ use super::on_demand::{
 /// `UFFD_FEATURE_EVENT_REMAP` and `UFFD_FEATURE_THREAD_ID` (`linux/userfaultfd.h`).
 const FEATURE_EVENT_REMAP: u64 = 1 << 2;
 const FEATURE_THREAD_ID: u64 = 1 << 8;
+/// `UFFD_FEATURE_MISSING_SHMEM` and `UFFD_FEATURE_MINOR_SHMEM`.
+const FEATURE_SHMEM: u64 = 1 << 5 | 1 << 10;
+const MODE_MINOR: u64 = 1 << 2;
+/// `_IOWR(UFFDIO, 0x07, struct uffdio_continue)`.
+const IOCTL_CONTINUE: libc::Ioctl = 0xc020_aa07u32 as libc::Ioctl;
+const CONTINUE_DONTWAKE: u64 = 1;
 /// Where in a message the thread is.
 const THREAD: std::ops::Range<usize> = 24..28;
 /// Messages taken at a time.
 const MESSAGES: usize = 16;
-/// Clusters that are withdrawn at once, at most.
-pub const WITHDRAWN_MAX: u32 = 16;
+/// Clusters that are withdrawn at once, at most, by moving placeholders.
+const WITHDRAWN_MAX: u32 = 16;
 
 /// Guest memory of which clusters are placed and withdrawn. Unmapped when dropped.
 #[derive(Debug)]
 pub struct PagedMemory {
     base: NonNull<u8>,
     length: usize,
-    /// Never touched, nobody's: what takes a frame's place comes from here.
-    placeholders: NonNull<u8>,
     cluster: usize,
     events: File,
+    kind: Kind,
+}
+
+/// What the addresses show.
+#[derive(Debug)]
+enum Kind {
+    /// Frames of a file, in any order, and placeholders. What takes a frame's place comes from here: never touched, nobody's, as long as
+    /// [`WITHDRAWN_MAX`] clusters.
+    Pieces(NonNull<u8>),
+    /// A memfd, from its beginning on.
+    Whole,
+}
+
+/// `struct uffdio_continue`.
+#[repr(C)]
+#[derive(Default)]
+struct UffdioContinue {
+    range: UffdioRange,
+    mode: u64,
+    mapped: i64,
 }
 
 // SAFETY: addresses of the process, not of a thread; what is done to them here are system calls, which are safe from any thread.
@@ -72,6 +102,10 @@ pub struct FrameFile<'a> {
     pub sync: bool,
 }
 
+fn whole(bytes: u64) -> io::Result<usize> {
+    usize::try_from(bytes).map_err(|_| io::ErrorKind::Unsupported.into())
+}
+
 fn reserve(length: usize) -> io::Result<NonNull<u8>> {
     let access = ProtFlags::READ | ProtFlags::WRITE;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
@@ -86,25 +120,36 @@ impl PagedMemory {
     /// # Errors
     /// As the system says: `PermissionDenied` where this process may not use userfaultfd.
     pub fn reserve(length: u64, cluster: u64) -> io::Result<Self> {
-        let whole = |bytes: u64| usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::Unsupported));
         let (length, cluster) = (whole(length)?, whole(cluster)?);
         let events = open_with(FEATURE_EVENT_REMAP | FEATURE_THREAD_ID)?;
-        let memory = Self { base: reserve(length)?, length, placeholders: NonNull::dangling(), cluster, events };
-        memory.register(memory.base, length)?;
+        let mut memory = Self { base: reserve(length)?, length, cluster, events, kind: Kind::Whole };
+        memory.register(memory.base, length, MODE_MISSING)?;
         let placeholders = reserve(cluster * WITHDRAWN_MAX as usize)?;
-        let memory = Self::with_placeholders(memory, placeholders);
-        memory.register(placeholders, cluster * WITHDRAWN_MAX as usize)?;
+        memory.kind = Kind::Pieces(placeholders);
+        memory.register(placeholders, cluster * WITHDRAWN_MAX as usize, MODE_MISSING)?;
         Ok(memory)
     }
 
-    fn with_placeholders(mut self, placeholders: NonNull<u8>) -> Self {
-        self.placeholders = placeholders;
-        self
+    /// As [`PagedMemory::reserve`], over a memfd of at least `length` bytes: what that has at a cluster's place is what the cluster is to show,
+    /// by [`PagedMemory::show`].
+    ///
+    /// # Errors
+    /// As [`PagedMemory::reserve`]; `InvalidInput` before Linux 5.14.
+    pub fn over(memfd: BorrowedFd<'_>, length: u64, cluster: u64) -> io::Result<Self> {
+        let (length, cluster) = (whole(length)?, whole(cluster)?);
+        let events = open_with(FEATURE_SHMEM | FEATURE_THREAD_ID)?;
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: a null hint lets the kernel choose free addresses, so no existing mapping is replaced.
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, access, flags, memfd, 0) }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::Unsupported)?;
+        let memory = Self { base, length, cluster, events, kind: Kind::Whole };
+        memory.register(base, length, MODE_MISSING | MODE_MINOR)?;
+        Ok(memory)
     }
 
-    fn register(&self, start: NonNull<u8>, length: usize) -> io::Result<()> {
+    fn register(&self, start: NonNull<u8>, length: usize, mode: u64) -> io::Result<()> {
         let range = UffdioRange { start: start.as_ptr() as u64, length: length as u64 };
-        let mut register = UffdioRegister { range, mode: MODE_MISSING, ioctls: 0 };
+        let mut register = UffdioRegister { range, mode, ioctls: 0 };
         control(self.events.as_fd(), IOCTL_REGISTER, &mut register)
     }
 
@@ -191,21 +236,64 @@ impl PagedMemory {
         Ok(())
     }
 
-    /// Takes what is placed at up to [`WITHDRAWN_MAX`] clusters away, in one step: from then on an access waits. Not to be called by the
-    /// thread that reads events, or one that it waits for: this returns when the event was read.
+    /// What the memfd has at `count` clusters from `cluster` on, all of which it must have, is what they show from now on. Who waits is not
+    /// woken by it.
+    ///
+    /// # Errors
+    /// As the system says: `EFAULT` where the memfd has nothing.
+    pub fn show(&self, cluster: u32, count: u32) -> io::Result<()> {
+        let (mut start, mut length) = self.range(cluster, count)?;
+        while length > 0 {
+            let range = UffdioRange { start: (self.base.as_ptr() as usize + start) as u64, length: length as u64 };
+            let mut show = UffdioContinue { range, mode: CONTINUE_DONTWAKE, mapped: 0 };
+            let shown = control(self.events.as_fd(), IOCTL_CONTINUE, &mut show);
+            let mapped = usize::try_from(show.mapped).unwrap_or(0).min(length);
+            match shown {
+                Ok(()) => return Ok(()),
+                // Some of it, and something came between: the rest is asked for again.
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+                Err(error) => return Err(error),
+            }
+            (start, length) = (start + mapped, length - mapped);
+        }
+        Ok(())
+    }
+
+    /// Takes what is placed or shown at up to [`PagedMemory::withdrawn_at_once`] clusters away, in one step for each page: from then on an access waits. With
+    /// [`PagedMemory::reserve`] it is not to be called by the thread that reads events, or one that it waits for: this returns when the event
+    /// was read.
     ///
     /// # Errors
     /// As the system says.
     pub fn withdraw(&self, cluster: u32, count: u32) -> io::Result<()> {
-        let (start, length) = self.range(cluster, count.min(WITHDRAWN_MAX))?;
+        let (start, length) = self.range(cluster, count)?;
+        let Kind::Pieces(placeholders) = self.kind else {
+            // SAFETY: the range lies in the addresses that this owns. They are a shared mapping, so that what was written to them stays in
+            // the memfd, and all that changes is that the next access waits.
+            let emptied =
+                unsafe { rustix::mm::madvise(self.base.as_ptr().add(start).cast(), length, Advice::LinuxDontNeed) };
+            return Ok(emptied?);
+        };
+        if length > self.cluster * WITHDRAWN_MAX as usize {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
         // SAFETY: the target lies in the addresses that this owns, so a part of those is replaced and nothing else, by memory that is as
         // readable and writable; the source is this value's own and as long as WITHDRAWN_MAX clusters, and holds nothing.
         unsafe {
             let target = self.base.as_ptr().add(start).cast();
-            rustix::mm::mremap_fixed(self.placeholders.as_ptr().cast(), length, length, flags, target)?;
+            rustix::mm::mremap_fixed(placeholders.as_ptr().cast(), length, length, flags, target)?;
         }
         Ok(())
+    }
+
+    /// How many clusters may be withdrawn at once.
+    #[must_use]
+    pub fn withdrawn_at_once(&self) -> usize {
+        match self.kind {
+            Kind::Pieces(_) => WITHDRAWN_MAX as usize,
+            Kind::Whole => usize::MAX,
+        }
     }
 
     /// Makes a cluster that cannot be had, and that nothing is placed at, one that cannot be accessed: who waits for it, or comes later,
@@ -235,12 +323,11 @@ impl PagedMemory {
 
 impl Drop for PagedMemory {
     fn drop(&mut self) {
-        // SAFETY: both ranges were mapped in `reserve` and are owned by this alone; who kept the pointer promised not to use it.
+        // SAFETY: both ranges were mapped in `reserve` or `over` and are owned by this alone; who kept the pointer promised not to use it.
         unsafe {
             let _ = rustix::mm::munmap(self.base.as_ptr().cast(), self.length);
-            if self.placeholders != NonNull::dangling() {
-                let length = self.cluster * WITHDRAWN_MAX as usize;
-                let _ = rustix::mm::munmap(self.placeholders.as_ptr().cast(), length);
+            if let Kind::Pieces(placeholders) = self.kind {
+                let _ = rustix::mm::munmap(placeholders.as_ptr().cast(), self.cluster * WITHDRAWN_MAX as usize);
             }
         }
     }
@@ -252,6 +339,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
     const CLUSTER: u64 = 64 << 10;
+    const CLUSTERS: u32 = 8;
 
     fn read(address: usize) -> u8 {
         // SAFETY: the tests read within a mapping that outlives the read.
@@ -263,14 +351,18 @@ mod tests {
         unsafe { (address as *mut u8).write_volatile(value) }
     }
 
-    /// Places frame i at cluster i whenever somebody asks, until told to end.
+    /// Places frame i at cluster i, or shows cluster i, whenever somebody asks, until told to end.
     fn serve(memory: &PagedMemory, file: &File, ended: &AtomicBool, served: &AtomicU64) {
         let frames = FrameFile { file: file.as_fd(), offset: 0, sync: false };
         let mut awaited = Vec::new();
         while !ended.load(Ordering::SeqCst) {
             memory.awaited(&mut awaited).unwrap();
             for Awaited { cluster, .. } in awaited.drain(..) {
-                memory.place(frames, cluster, cluster, 1).unwrap();
+                match memory.kind {
+                    Kind::Pieces(_) => memory.place(frames, cluster, cluster, 1).unwrap(),
+                    // It may be asked for twice, and there is a page in the table then.
+                    Kind::Whole => drop(memory.show(cluster, 1)),
+                }
                 memory.wake(cluster, 1).unwrap();
                 served.fetch_add(1, Ordering::SeqCst);
             }
@@ -281,13 +373,25 @@ mod tests {
     #[test]
     fn what_is_withdrawn_under_a_writer_is_asked_for_again_and_no_write_is_lost() {
         let file = tempfile::tempfile().unwrap();
-        let clusters = 8_u32;
-        file.set_len(u64::from(clusters) * CLUSTER).unwrap();
-        let memory = PagedMemory::reserve(u64::from(clusters) * CLUSTER, CLUSTER).unwrap();
+        file.set_len(u64::from(CLUSTERS) * CLUSTER).unwrap();
+        withdraw_under_a_writer(&file, &PagedMemory::reserve(u64::from(CLUSTERS) * CLUSTER, CLUSTER).unwrap());
+    }
+
+    #[test]
+    fn what_is_withdrawn_of_a_memfd_under_a_writer_is_asked_for_again_and_no_write_is_lost() {
+        let file = File::from(rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![0; CLUSTERS as usize * CLUSTER as usize], 0).unwrap();
+        let memory = PagedMemory::over(file.as_fd(), u64::from(CLUSTERS) * CLUSTER, CLUSTER).unwrap();
+        assert!(memory.show(CLUSTERS, 1).is_err());
+        withdraw_under_a_writer(&file, &memory);
+    }
+
+    fn withdraw_under_a_writer(file: &File, memory: &PagedMemory) {
+        let clusters = CLUSTERS;
         let base = memory.as_ptr() as usize;
         let (ended, served) = (AtomicBool::new(false), AtomicU64::new(0));
         std::thread::scope(|scope| {
-            scope.spawn(|| serve(&memory, &file, &ended, &served));
+            scope.spawn(|| serve(memory, file, &ended, &served));
             let writer = scope.spawn(|| {
                 for round in 0..=255_u8 {
                     for cluster in 0..clusters as usize {

@@ -6,7 +6,6 @@
 //! not keep it from its end.
 
 use std::fmt;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use super::evict::{AGAIN, digest, is_zero};
 use super::faults::{Need, Source};
 use super::slots::Buffer;
 use super::{BUSY, ELSEWHERE, IN_IMAGE, KNOWN, LOST, Pager, PagingError, PagingEvent, SAVED, Shared, State};
-use crate::pager::ClusterSource;
+use crate::filler::ClusterSource;
 
 /// How long faults have the disk before `fetch` looks again.
 const YIELD: Duration = Duration::from_micros(500);
@@ -88,7 +87,7 @@ impl Pager {
     /// Nothing is fetched that nobody waits for, or it is again.
     pub fn hold_fetch(&self, held: bool) {
         self.shared.state().fetch_held = held;
-        self.shared.fetch.notify_all();
+        self.shared.fetch.tell();
     }
 }
 
@@ -111,7 +110,7 @@ impl Shared {
     /// A cluster is not elsewhere any more.
     pub(super) fn note_here(&self, state: &mut State, cluster: u32) {
         if state.is_here(cluster) {
-            self.fetch.notify_all();
+            self.fetch.tell();
         }
     }
 
@@ -125,7 +124,7 @@ impl Shared {
         }
         let mut state = self.state();
         while !state.ended && state.status.elsewhere > 0 {
-            state = self.fetch.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.fetch.wait(state);
         }
         let ended = state.ended;
         drop(state);
@@ -187,7 +186,7 @@ impl Shared {
                 return Turn::Skip;
             }
             if state.held || state.fetch_held {
-                state = self.fetch.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.fetch.wait(state);
             } else if state.has(cluster, BUSY) {
                 state = self.wait(state);
             } else if let Some(frame) = self.free_frame(&mut state, cluster, likely) {
@@ -199,8 +198,7 @@ impl Shared {
                 state.begin_work(cluster);
                 return Turn::Slot;
             } else {
-                let (waited, _) = self.fetch.wait_timeout(state, AGAIN).unwrap_or_else(PoisonError::into_inner);
-                state = waited;
+                state = self.fetch.wait_at_most(state, AGAIN);
             }
         }
     }
@@ -227,9 +225,12 @@ impl Shared {
         buffer: &mut Buffer,
     ) -> Result<(), PagingError> {
         let filled = self.fill(cluster, frame, Source::Elsewhere, buffer);
+        let zeros = is_zero(buffer.filled());
+        if filled.is_err() || zeros {
+            self.store.forget(cluster, 1);
+        }
         let mut state = self.state();
         let mut need = Need::Wait;
-        let zeros = is_zero(buffer.filled());
         if filled.is_err() || zeros {
             // Zeros need no frame.
             state.frames.give_back(cluster);
@@ -287,7 +288,7 @@ impl Shared {
             }
             let mut state = self.state();
             self.end_work(&mut state, cluster);
-            drop(self.fetch.wait_timeout(state, AGAIN).unwrap_or_else(PoisonError::into_inner));
+            drop(self.fetch.wait_at_most(state, AGAIN));
             match self.await_turn(cluster, Likely::Unknown) {
                 Turn::End => return Err(Ended),
                 Turn::Skip => return Ok(Ok(())),

@@ -1,12 +1,10 @@
 //! The thread that keeps frames free, and whoever else takes memory out of frames.
 
-use std::sync::PoisonError;
-
 use super::slots::Buffer;
 use super::{
-    BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, Piece, SAVED, Shared, State,
+    AWAITED, BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, Piece, SAVED, Shared,
+    Spot, State,
 };
-use crate::medium::paged::WITHDRAWN_MAX;
 
 /// Of all frames, so many are kept free: one in this many.
 const RESERVE: u32 = 32;
@@ -14,8 +12,8 @@ const RESERVE: u32 = 32;
 const RESERVE_MAX: u64 = 16 << 20;
 /// Bytes that leave RAM at a time.
 const BATCH: u64 = 2 << 20;
-/// Clusters that are withdrawn at a time.
-const DEMOTED_MAX: usize = 64;
+/// Bytes that are withdrawn at a time.
+const DEMOTED_MAX: u64 = 1 << 20;
 /// Frames whose memory is given back at a time.
 const RELEASED_MAX: usize = 64;
 /// How long before what failed is tried again.
@@ -46,7 +44,7 @@ impl Shared {
         loop {
             let mut state = self.state();
             while !state.ended && (state.held || !self.has_work(&state)) {
-                state = self.pressure.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.pressure.wait(state);
             }
             if state.ended {
                 return;
@@ -82,7 +80,7 @@ impl Shared {
     fn rest(&self) {
         let state = self.state();
         if !state.ended {
-            drop(self.pressure.wait_timeout(state, AGAIN));
+            drop(self.pressure.wait_at_most(state, AGAIN));
         }
     }
 
@@ -90,7 +88,8 @@ impl Shared {
     fn demote(&self) -> bool {
         let mut state = self.state();
         let (mut demoted, mut any) = (Vec::new(), false);
-        while demoted.len() < DEMOTED_MAX
+        let most = (DEMOTED_MAX / self.geometry.cluster).max(1) as usize;
+        while demoted.len() < most
             && let Some(cluster) = state.policy.demote()
         {
             if state.has(cluster, BUSY) {
@@ -108,7 +107,7 @@ impl Shared {
         drop(state);
         demoted.sort_unstable();
         for run in demoted.chunk_by(|one, next| one + 1 == *next) {
-            for run in run.chunks(WITHDRAWN_MAX as usize) {
+            for run in run.chunks(self.memory.withdrawn_at_once()) {
                 self.withdraw(run);
             }
         }
@@ -129,7 +128,7 @@ impl Shared {
             ring |= state.end_work(*cluster);
         }
         drop(state);
-        self.changed.notify_all();
+        self.changed.tell();
         if ring {
             self.ring();
         }
@@ -165,82 +164,89 @@ impl Shared {
             state.begin_work(cluster);
             victims.push(cluster);
         }
+        drop(state);
+        // Neighbours are read at once, and get slots that follow one another where these are free.
+        victims.sort_unstable();
         victims
     }
 
     /// Reads victims, one behind the other, and finds out what is to become of them.
     fn judge(&self, victims: &[u32], buffer: &mut Buffer) -> Vec<Fate> {
         let size = usize::try_from(self.geometry.cluster).unwrap_or(0);
-        let mut fates = Vec::with_capacity(victims.len());
-        for (cluster, bytes) in victims.iter().zip(buffer.room(victims.len() * size).chunks_exact_mut(size)) {
-            fates.push(self.judge_one(*cluster, bytes));
-        }
-        fates
-    }
-
-    fn judge_one(&self, cluster: u32, bytes: &mut [u8]) -> Fate {
-        let (frame, image, known) = {
-            let state = self.state();
-            let known = state.digests.get(cluster as usize).copied().filter(|_| state.has(cluster, KNOWN));
-            (state.frames.frame_of(cluster), state.has(cluster, IN_IMAGE), known)
-        };
-        let Some(frame) = frame else { return Fate::Stays };
-        let read = if image { self.store.read_image(frame, 0, bytes) } else { self.store.read(frame, 0, bytes) };
-        if let Err(error) = read {
-            self.tell_unwritable(error);
-            return Fate::Stays;
-        }
-        if is_zero(bytes) {
-            return Fate::Zeros;
-        }
-        let digest = digest(bytes);
+        let bytes = buffer.room(victims.len() * size);
+        let unread = self.read_victims(victims, bytes);
+        let contents: Vec<_> = bytes.chunks_exact(size).map(Content::of).collect();
         let mut state = self.state();
-        if known == Some(digest) && state.slots.of(cluster).is_some() {
-            return Fate::Dropped;
-        }
-        let slot = state.slots.reserve(cluster).or_else(|| state.reclaim_slot(cluster));
-        match slot {
-            Some(slot) => Fate::Written { slot, crc: crc32fast::hash(bytes), digest },
-            None => Fate::Stays,
-        }
+        let fates = victims.iter().zip(contents).map(|(cluster, content)| match content {
+            _ if unread.contains(cluster) => Fate::Stays,
+            Content::Zeros => Fate::Zeros,
+            Content::Bytes { crc, digest } => state.fate_of(*cluster, crc, digest),
+        });
+        fates.collect()
     }
 
-    /// Writes what is to be written, neighbouring slots at once. What cannot be stays.
+    /// Reads victims, neighbours at once. Returns those that could not be read.
+    fn read_victims(&self, victims: &[u32], bytes: &mut [u8]) -> Vec<u32> {
+        let size = usize::try_from(self.geometry.cluster).unwrap_or(0);
+        let spots: Vec<_> = {
+            let state = self.state();
+            let spot = |cluster: &u32| (state.spot_of(*cluster), state.has(*cluster, IN_IMAGE));
+            victims.iter().map(spot).collect()
+        };
+        let together = |one: &(Option<Spot>, bool), next: &(Option<Spot>, bool)| match (one, next) {
+            ((Some(one), false), (Some(next), false)) => self.follow(*one, *next),
+            _ => false,
+        };
+        let (mut rest, mut unread, mut at) = (bytes, Vec::new(), 0);
+        for run in spots.chunk_by(together) {
+            let (bytes, behind) = std::mem::take(&mut rest).split_at_mut(run.len() * size);
+            let read = match run {
+                [(Some(spot), true), ..] => self.store.read_image(spot.frame, 0, bytes),
+                [(Some(spot), false), ..] => self.store.read(*spot, 0, bytes),
+                _ => Ok(()),
+            };
+            if let Err(error) = read {
+                self.tell_unwritable(error);
+                unread.extend_from_slice(&victims[at..at + run.len()]);
+            }
+            (rest, at) = (behind, at + run.len());
+        }
+        unread
+    }
+
+    /// Writes what is to be written, neighbouring slots as one, all of it at a time. What cannot be stays.
     fn swap_out(&self, victims: &[u32], fates: &mut [Fate], buffer: &Buffer) {
         let size = usize::try_from(self.geometry.cluster).unwrap_or(0);
-        let slot_of = |fate: &Fate| if let Fate::Written { slot, .. } = fate { Some(*slot) } else { None };
-        let mut at = 0;
-        while at < fates.len() {
-            let Some(first) = slot_of(&fates[at]) else {
-                at += 1;
-                continue;
-            };
-            let mut end = at + 1;
-            while end < fates.len() && slot_of(&fates[end]) == Some(first + (end - at) as u32) {
-                end += 1;
+        let mut parts: Vec<(u32, std::ops::Range<usize>)> = Vec::new();
+        for (at, fate) in fates.iter().enumerate() {
+            let Fate::Written { slot, .. } = fate else { continue };
+            match parts.last_mut() {
+                Some((first, run)) if run.end == at && *first + run.len() as u32 == *slot => run.end = at + 1,
+                _ => parts.push((*slot, at..at + 1)),
             }
-            let bytes = buffer.filled().get(at * size..end * size).unwrap_or_default();
-            if let Err(error) = self.swap.write(first, bytes) {
-                let mut state = self.state();
-                for (cluster, fate) in victims[at..end].iter().zip(&mut fates[at..end]) {
-                    if let Some(slot) = slot_of(fate) {
-                        // What is in the slot is not known.
-                        state.slots.free(*cluster);
-                        state.slots.unreserve(*cluster, slot);
-                        state.clear(*cluster, KNOWN);
-                    }
+        }
+        let bytes = buffer.filled();
+        let bytes_of = |run: std::ops::Range<usize>| bytes.get(run.start * size..run.end * size).unwrap_or_default();
+        let parts: Vec<_> = parts.into_iter().map(|(slot, run)| (slot, bytes_of(run))).collect();
+        if let Err(error) = self.swap.write_many(&parts) {
+            let mut state = self.state();
+            for (cluster, fate) in victims.iter().zip(fates) {
+                if let Fate::Written { slot, .. } = *fate {
+                    // What is in the slot is not known.
+                    state.slots.free(*cluster);
+                    state.slots.unreserve(*cluster, slot);
+                    state.clear(*cluster, KNOWN);
                     *fate = Fate::Stays;
                 }
-                drop(state);
-                self.tell_unwritable(error);
             }
-            at = end;
+            drop(state);
+            self.tell_unwritable(error);
         }
     }
 
     fn finish(&self, victims: &[u32], fates: &[Fate]) -> bool {
         let mut state = self.state();
-        let mut left = 0;
+        let mut leaving = Vec::with_capacity(victims.len());
         for (cluster, fate) in victims.iter().zip(fates) {
             let cluster = *cluster;
             match fate {
@@ -252,31 +258,50 @@ impl Shared {
                     state.set(cluster, KNOWN);
                 }
             }
-            let awaited = state.end_work(cluster);
-            if *fate == Fate::Stays || awaited {
+            if *fate == Fate::Stays || state.has(cluster, AWAITED) {
                 // Somebody wants it: it stays where it is, and what was written was not for nothing.
+                state.end_work(cluster);
                 state.policy.prefetched(cluster);
-                continue;
+            } else {
+                leaving.push(cluster);
+                match fate {
+                    Fate::Zeros | Fate::Stays => {}
+                    Fate::Dropped => state.status.dropped += 1,
+                    Fate::Written { .. } => state.status.written += 1,
+                }
             }
-            left += 1;
-            state.frames.give_back(cluster);
-            state.clear(cluster, SAVED | IN_IMAGE);
-            match fate {
-                Fate::Zeros | Fate::Stays => {}
-                Fate::Dropped => state.status.dropped += 1,
-                Fate::Written { .. } => state.status.written += 1,
-            }
-            state.status.swapped += u64::from(state.slots.of(cluster).is_some());
         }
-        let full = left == 0 && fates.contains(&Fate::Stays) && !state.unwritable;
-        let news = self.news(&mut state, full, left > 0);
         drop(state);
-        self.changed.notify_all();
-        self.ring();
+        self.leave(&mut leaving);
+        let mut state = self.state();
+        let left = !leaving.is_empty();
+        let full = !left && fates.contains(&Fate::Stays) && !state.unwritable;
+        let news = self.news(&mut state, full, left);
+        let ring = !state.backlog.is_empty();
+        drop(state);
+        self.changed.tell();
+        if ring {
+            self.ring();
+        }
         if let Some(event) = news {
             (self.events)(event);
         }
-        left > 0
+        left
+    }
+
+    /// Frees the frames of busy clusters.
+    fn leave(&self, leaving: &mut [u32]) {
+        leaving.sort_unstable();
+        for run in leaving.chunk_by(|one, next| one + 1 == *next) {
+            self.store.forget(run[0], run.len() as u32);
+        }
+        let mut state = self.state();
+        for cluster in leaving.iter().copied() {
+            state.frames.give_back(cluster);
+            state.clear(cluster, SAVED | IN_IMAGE);
+            state.status.swapped += u64::from(state.slots.of(cluster).is_some());
+            state.end_work(cluster);
+        }
     }
 
     /// What is to be told of a swap region that is full, or has room again.
@@ -309,7 +334,7 @@ impl Shared {
         for cluster in whole {
             self.discard_one(cluster);
         }
-        self.changed.notify_all();
+        self.changed.tell();
         self.ring();
         Ok(())
     }
@@ -326,6 +351,9 @@ impl Shared {
         let mapped = state.has(cluster, MAPPED);
         drop(state);
         let withdrawn = !mapped || self.memory.withdraw(cluster, 1).is_ok();
+        if withdrawn {
+            self.store.forget(cluster, 1);
+        }
         let mut state = self.state();
         if withdrawn {
             let swapped = state.slots.of(cluster).is_some() && state.frames.frame_of(cluster).is_none();
@@ -345,15 +373,9 @@ impl Shared {
             state.policy.recency().filter_map(|cluster| Some((cluster, state.frames.frame_of(cluster)?))).collect();
         let mut saved = None;
         if self.store.is_apart() {
-            let mut buffer = Vec::new();
-            let mut bytes = 0;
-            for (cluster, frame) in &list {
-                if !state.has(*cluster, SAVED) {
-                    self.store.save(*frame, &mut buffer)?;
-                    bytes += self.geometry.cluster;
-                }
-            }
-            saved = Some(bytes);
+            let unsaved = list.iter().filter(|(cluster, _)| !state.has(*cluster, SAVED));
+            let spots = unsaved.map(|(cluster, frame)| Spot { cluster: *cluster, frame: *frame });
+            saved = Some(self.store.save(spots.collect())?);
         }
         let (ram, tables) = std::thread::scope(|scope| {
             let ram = scope.spawn(|| self.store.sync());
@@ -397,7 +419,7 @@ impl Shared {
         drop(state);
         let read = match (frame, slot) {
             (Some(frame), _) if image => self.store.read_image(frame, within, into),
-            (Some(frame), _) => self.store.read(frame, within, into),
+            (Some(frame), _) => self.store.read(Spot { cluster, frame }, within, into),
             (None, slot) => {
                 let bytes = buffer.room(usize::try_from(self.geometry.cluster).unwrap_or(0));
                 let read = match slot {
@@ -415,7 +437,29 @@ impl Shared {
     }
 }
 
+/// What a cluster that was read holds.
+enum Content {
+    Zeros,
+    Bytes { crc: u32, digest: Digest },
+}
+
+impl Content {
+    fn of(bytes: &[u8]) -> Self {
+        if is_zero(bytes) { Self::Zeros } else { Self::Bytes { crc: crc32fast::hash(bytes), digest: digest(bytes) } }
+    }
+}
+
 impl State {
+    /// What becomes of a cluster that leaves its frame and is not zeros.
+    fn fate_of(&mut self, cluster: u32, crc: u32, digest: Digest) -> Fate {
+        let known = self.has(cluster, KNOWN) && self.digests.get(cluster as usize) == Some(&digest);
+        if known && self.slots.of(cluster).is_some() {
+            return Fate::Dropped;
+        }
+        let slot = self.slots.reserve(cluster).or_else(|| self.reclaim_slot(cluster));
+        slot.map_or(Fate::Stays, |slot| Fate::Written { slot, crc, digest })
+    }
+
     /// A slot of a cluster that is in a frame as well, for one that needs it more.
     fn reclaim_slot(&mut self, needy: u32) -> Option<u32> {
         let clusters = self.flags.len() as u32;

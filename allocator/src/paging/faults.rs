@@ -7,7 +7,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::beside::Beside;
 use super::slots::{Buffer, Slot};
-use super::{AWAITED, BUSY, ELSEWHERE, IN_IMAGE, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, State};
+use super::{AWAITED, BUSY, ELSEWHERE, IN_IMAGE, LOST, MAPPED, PagingError, PagingEvent, SAVED, Shared, Spot, State};
 use crate::medium::paged::Awaited;
 
 /// What a cluster that is asked for needs.
@@ -93,6 +93,7 @@ impl Shared {
             return Need::Wait;
         }
         if state.has(cluster, MAPPED) {
+            self.changed.tell();
             return Need::Wake;
         }
         if let Some(frame) = state.frames.frame_of(cluster) {
@@ -108,11 +109,11 @@ impl Shared {
         let Some(frame) = state.frames.take(cluster) else {
             state.status.stalls += 1;
             state.backlog.push_back(cluster);
-            self.pressure.notify_all();
+            self.pressure.tell();
             return Need::Wait;
         };
         if state.frames.available() < self.reserve(state) {
-            self.pressure.notify_all();
+            self.pressure.tell();
         }
         state.begin_work(cluster);
         let from = if state.has(cluster, ELSEWHERE) {
@@ -127,21 +128,17 @@ impl Shared {
     fn note_sequence(&self, state: &mut State, cluster: u32) {
         if let Some(run) = state.streams.fault(cluster) {
             state.ahead.push_back((run.start, run.end - run.start));
-            self.wish.notify_all();
+            self.wish.tell();
         }
     }
 
     /// Shows the guest a cluster in its frame.
     pub(super) fn place(&self, state: &mut State, cluster: u32, frame: u32) -> Need {
-        let placed = self.store.file().and_then(|file| {
-            let placed = self.memory.place(file, frame, cluster, 1);
-            placed.map_err(|source| PagingError::System { doing: "map a frame", source })
-        });
-        match placed {
+        match self.store.place(&self.memory, Spot { cluster, frame }, 1) {
             Ok(()) => {
                 state.clear(cluster, SAVED);
                 state.set(cluster, MAPPED);
-                self.changed.notify_all();
+                self.changed.tell();
                 Need::Wake
             }
             Err(error) => {
@@ -161,7 +158,7 @@ impl Shared {
             Source::Elsewhere => drop(self.read_elsewhere(cluster, bytes)?),
             Source::Slot(slot) => self.read_slot(cluster, slot, bytes)?,
         }
-        self.store.write(frame, bytes)
+        self.store.write(Spot { cluster, frame }, bytes)
     }
 
     /// Fills `bytes`, a cluster, from its slot, verified.
@@ -193,13 +190,14 @@ impl Shared {
                     state.frames.give_back(cluster);
                 }
                 state.set(cluster, LOST);
+                self.store.forget(cluster, 1);
                 // First told, then refused: what a vCPU says of the refusal is to come second.
                 (self.events)(PagingEvent::Lost(error));
                 Need::Refuse
             }
         };
         drop(state);
-        self.changed.notify_all();
+        self.changed.tell();
         let _ = if need == Need::Wake { self.memory.wake(cluster, 1) } else { self.memory.refuse(cluster) };
     }
 

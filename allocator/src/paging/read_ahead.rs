@@ -1,14 +1,15 @@
 //! What follows a sequence is brought before it is asked for.
 //!
-//! A fault on the cluster behind the last one of a sequence makes that longer by a *window*, which doubles each time. The first cluster of
-//! a window is not mapped though its bytes are there: the soft fault on it says that the guest has got so far, and the next window is
-//! brought while it uses this one (the marker page of Linux's read-ahead does the same).
+//! A fault on the cluster behind the last one of a sequence makes that longer by a *window*, which doubles each time. The first cluster that
+//! is brought of a window is not mapped though its bytes are there: the soft fault on it says that the guest has got so far, and the next window
+//! is brought while it uses this one (the marker page of Linux's read-ahead does the same). Some of a sequence is often in frames already,
+//! since what was hot stays: the guest goes through that without a fault, so a fault somewhat behind the end follows, too. Memory that was never
+//! used is brought as well, as zeros: a guest that fills it one page after the other would wait for each.
 
 use std::ops::Range;
-use std::sync::PoisonError;
 
-use super::slots::Buffer;
-use super::{BUSY, IN_IMAGE, LOST, MAPPED, PagingError, SAVED, Shared, State};
+use super::slots::{Buffer, Slot};
+use super::{BUSY, ELSEWHERE, IN_IMAGE, LOST, MAPPED, PagingError, SAVED, Shared, Spot, State};
 
 /// Sequences that are followed at a time.
 const STREAMS: usize = 8;
@@ -46,10 +47,11 @@ impl Streams {
         self.now += 1;
         let longest = self.longest;
         let now = self.now;
-        let follows = |stream: &&mut Stream| stream.used > 0 && (cluster == stream.marker || cluster == stream.end);
+        let behind = |stream: &Stream| (stream.end..stream.end.saturating_add(stream.window.max(1))).contains(&cluster);
+        let follows = |stream: &&mut Stream| stream.used > 0 && (cluster == stream.marker || behind(stream));
         if let Some(stream) = self.streams.iter_mut().find(follows) {
             // Behind the end: the guest was quicker than the read-ahead.
-            let start = if cluster == stream.end { cluster + 1 } else { stream.end };
+            let start = if behind(stream) { cluster.saturating_add(1) } else { stream.end };
             stream.window = (stream.window * 2).clamp(1, longest);
             *stream = Stream { marker: start, end: start.saturating_add(stream.window), used: now, ..*stream };
             return Some(start..stream.end);
@@ -60,6 +62,13 @@ impl Streams {
         }
         None
     }
+
+    /// Of the window from `start` on only this was brought: from `marker` on, and nothing from `end` on.
+    fn brought(&mut self, start: u32, marker: u32, end: u32) {
+        if let Some(stream) = self.streams.iter_mut().find(|stream| stream.used > 0 && stream.marker == start) {
+            (stream.marker, stream.end) = (marker, end);
+        }
+    }
 }
 
 impl Shared {
@@ -69,7 +78,7 @@ impl Shared {
         loop {
             let mut state = self.state();
             while !state.ended && (state.held || (state.ahead.is_empty() && state.to_place.is_empty())) {
-                state = self.wish.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.wish.wait(state);
             }
             if state.ended {
                 return;
@@ -90,15 +99,15 @@ impl Shared {
             let absent = MAPPED | BUSY | LOST | IN_IMAGE;
             let Some(frame) = state.frames.frame_of(cluster).filter(|_| !state.has(cluster, absent)) else { continue };
             let (mut count, next) = (1, |state: &State, count| {
-                let there = state.frames.frame_of(cluster + count) == Some(frame + count);
+                let pair = state.spot_of(cluster + count - 1).zip(state.spot_of(cluster + count));
+                let there = pair.is_some_and(|(one, next)| self.follow(one, next));
                 there && state.to_place.last() == Some(&(cluster + count)) && !state.has(cluster + count, absent)
             });
             while next(state, count) {
                 state.to_place.pop();
                 count += 1;
             }
-            let placed = self.store.file().map(|file| self.memory.place(file, frame, cluster, count));
-            if matches!(placed, Ok(Ok(()))) {
+            if self.store.place(&self.memory, Spot { cluster, frame }, count).is_ok() {
                 (cluster..cluster + count).for_each(|cluster| {
                     state.clear(cluster, SAVED);
                     state.set(cluster, MAPPED);
@@ -111,77 +120,80 @@ impl Shared {
         }
     }
 
-    /// Brings a run of clusters as far as they are in slots and frames are free, the first one without mapping it.
+    /// Brings what is in slots of a window, or zeros, as far as frames are free; the first cluster without mapping it.
     fn bring(&self, first: u32, count: u32, buffer: &mut Buffer) {
-        let mut at = first;
-        let end = first.saturating_add(count).min(self.geometry.clusters());
-        while at < end {
-            let run = self.claim_run(at, end);
-            if run.is_empty() {
-                at += 1;
-                continue;
-            }
-            at = run.end;
-            let read = self.read_run(run.clone(), buffer);
-            self.finish_run(run, first, read.is_ok());
+        let claimed = self.claim(first, first.saturating_add(count).min(self.geometry.clusters()));
+        if !claimed.is_empty() {
+            let read = self.read_claimed(&claimed, buffer);
+            self.finish_claimed(&claimed, read.is_ok());
         }
     }
 
-    /// Takes frames for clusters from `at` on whose slots follow one another. They are busy from then on.
-    fn claim_run(&self, at: u32, end: u32) -> Range<u32> {
+    /// Takes frames for the clusters of a window that are in slots, or zeros. They are busy from then on.
+    fn claim(&self, first: u32, end: u32) -> Vec<u32> {
         let mut state = self.state();
-        let mut run = at..at;
-        let mut slot = None;
-        while run.end < end && !state.held && state.frames.available() > self.reserve(&state) / 2 {
-            let cluster = run.end;
-            let found = state.slots.of(cluster).map(|slot| slot.number);
-            let follows = found.is_some() && slot.is_none_or(|before: u32| found == Some(before + 1));
-            if !follows || state.has(cluster, MAPPED | BUSY | LOST) || state.frames.frame_of(cluster).is_some() {
-                break;
+        let (mut claimed, mut at) = (Vec::new(), first);
+        while at < end && !state.held && state.frames.available() > self.reserve(&state) / 2 {
+            let not_now = MAPPED | BUSY | LOST | ELSEWHERE;
+            if !state.has(at, not_now) && state.frames.frame_of(at).is_none() && state.frames.take(at).is_some() {
+                state.begin_work(at);
+                claimed.push(at);
             }
-            if state.frames.take(cluster).is_none() {
-                break;
-            }
-            state.begin_work(cluster);
-            slot = found;
-            run.end += 1;
+            at += 1;
         }
-        run
+        let marker = claimed.first().copied().unwrap_or(at);
+        state.streams.brought(first, marker, at);
+        claimed
     }
 
-    /// Reads the slots of a run into its frames, verified.
-    fn read_run(&self, run: Range<u32>, buffer: &mut Buffer) -> Result<(), PagingError> {
-        let cluster = usize::try_from(self.geometry.cluster).unwrap_or(0);
-        let (slots, frames): (Vec<_>, Vec<_>) = {
+    /// Reads clusters from their slots into their frames, verified.
+    fn read_claimed(&self, clusters: &[u32], buffer: &mut Buffer) -> Result<(), PagingError> {
+        let size = usize::try_from(self.geometry.cluster).unwrap_or(0);
+        let (slots, spots): (Vec<_>, Vec<_>) = {
             let state = self.state();
-            run.clone().filter_map(|at| Some((state.slots.of(at)?, state.frames.frame_of(at)?))).unzip()
+            clusters.iter().filter_map(|at| Some((state.slots.of(*at), state.spot_of(*at)?))).unzip()
         };
-        let Some(first) = slots.first() else { return Ok(()) };
-        let bytes = buffer.room(slots.len() * cluster);
-        self.swap.read(first.number, bytes)?;
-        for ((bytes, slot), at) in bytes.chunks_exact(cluster).zip(&slots).zip(run) {
-            if crc32fast::hash(bytes) != slot.crc {
-                let state = self.state();
-                return Err(self.lost(&state, at, None));
+        let bytes = buffer.room(slots.len() * size);
+        let (mut parts, mut rest) = (Vec::new(), &mut *bytes);
+        let together = |one: &Option<Slot>, next: &Option<Slot>| match (one, next) {
+            (Some(one), Some(next)) => one.number + 1 == next.number,
+            (one, next) => one.is_none() && next.is_none(),
+        };
+        for slots in slots.chunk_by(together) {
+            let (part, behind) = std::mem::take(&mut rest).split_at_mut(slots.len() * size);
+            match slots.first().copied().flatten() {
+                Some(first) => parts.push((first.number, part)),
+                None => part.fill(0),
+            }
+            rest = behind;
+        }
+        self.swap.read_many(parts)?;
+        for ((bytes, slot), cluster) in bytes.chunks_exact(size).zip(&slots).zip(clusters) {
+            if slot.is_some_and(|slot| crc32fast::hash(bytes) != slot.crc) {
+                return Err(self.lost(&self.state(), *cluster, None));
             }
         }
-        let mut done = 0;
-        for frames in frames.chunk_by(|one, next| one + 1 == *next) {
-            let bytes = bytes.get(done * cluster..(done + frames.len()) * cluster).unwrap_or_default();
-            self.store.write(*frames.first().unwrap_or(&0), bytes)?;
-            done += frames.len();
+        let mut rest = &*bytes;
+        for spots in spots.chunk_by(|one, next| self.follow(*one, *next)) {
+            let Some(first) = spots.first() else { continue };
+            let (bytes, behind) = rest.split_at(spots.len() * size);
+            self.store.write(*first, bytes)?;
+            rest = behind;
         }
         Ok(())
     }
 
-    /// Gives a run to the guest, or back: whoever asks for a cluster of it finds out by itself what is wrong.
-    fn finish_run(&self, run: Range<u32>, marker: u32, good: bool) {
+    /// Gives clusters to the guest, or back: whoever asks for one of them finds out by itself what is wrong.
+    fn finish_claimed(&self, clusters: &[u32], good: bool) {
+        if !good {
+            clusters.iter().for_each(|cluster| self.store.forget(*cluster, 1));
+        }
         let mut state = self.state();
         let mut ring = false;
-        for cluster in run.clone() {
+        for cluster in clusters.iter().copied() {
             ring |= state.end_work(cluster);
             if good {
-                state.status.swapped -= 1;
+                state.status.swapped -= u64::from(state.slots.of(cluster).is_some());
                 state.status.read_ahead += 1;
                 state.clear(cluster, SAVED | IN_IMAGE);
             } else {
@@ -189,8 +201,8 @@ impl Shared {
             }
         }
         if good {
-            self.place_run(&mut state, run.clone(), marker);
-            for cluster in run {
+            self.place_claimed(&mut state, clusters.get(1..).unwrap_or_default());
+            for cluster in clusters.iter().copied() {
                 if state.has(cluster, MAPPED) {
                     state.policy.admitted(cluster);
                 } else {
@@ -199,32 +211,26 @@ impl Shared {
             }
         }
         drop(state);
-        self.changed.notify_all();
+        self.changed.tell();
         if ring {
             self.ring();
         }
     }
 
-    fn place_run(&self, state: &mut State, run: Range<u32>, marker: u32) {
-        let Ok(file) = self.store.file() else { return };
-        let mut at = run.start;
-        while at < run.end {
-            let Some(frame) = state.frames.frame_of(at).filter(|_| at != marker) else {
-                at += 1;
-                continue;
-            };
-            let mut count = 1;
-            while at + count < run.end && state.frames.frame_of(at + count) == Some(frame + count) {
-                count += 1;
+    fn place_claimed(&self, state: &mut State, clusters: &[u32]) {
+        let spots: Vec<_> = clusters.iter().filter_map(|cluster| state.spot_of(*cluster)).collect();
+        for spots in spots.chunk_by(|one, next| self.follow(*one, *next)) {
+            let (Some(first), count) = (spots.first(), spots.len() as u32) else { continue };
+            if self.store.place(&self.memory, *first, count).is_ok() {
+                spots.iter().for_each(|spot| state.set(spot.cluster, MAPPED));
+                let _ = self.memory.wake(first.cluster, count);
             }
-            if self.memory.place(file, frame, at, count).is_ok() {
-                (at..at + count).for_each(|cluster| {
-                    state.set(cluster, MAPPED);
-                });
-                let _ = self.memory.wake(at, count);
-            }
-            at += count;
         }
+    }
+
+    /// Whether two clusters can be read, written and placed together.
+    pub(super) fn follow(&self, one: Spot, next: Spot) -> bool {
+        one.cluster + 1 == next.cluster && self.store.follows(one, next)
     }
 }
 
@@ -252,5 +258,19 @@ mod tests {
             assert_eq!(streams.fault(cluster), None);
         }
         assert!(streams.fault(u32::MAX).is_none());
+    }
+
+    #[test]
+    fn a_sequence_goes_on_over_what_is_in_ram_already_and_from_where_the_last_window_was_cut_short() {
+        let mut streams = Streams::new(4 << 10);
+        assert_eq!((streams.fault(1000), streams.fault(1001)), (None, Some(1002..1003)));
+        assert_eq!(streams.fault(1003), Some(1004..1006));
+        streams.brought(1004, 1005, 1006);
+        assert_eq!(streams.fault(1004), None, "it was there, and is another sequence's beginning, if anything");
+        assert_eq!(streams.fault(1005), Some(1006..1010), "the first one that was brought");
+        streams.brought(1006, 1006, 1008);
+        assert_eq!(streams.fault(1011), Some(1012..1020), "nothing behind 1008 was brought, and some was there");
+        streams.brought(7, 8, 9);
+        assert_eq!(streams.fault(8), None, "of no window");
     }
 }

@@ -135,10 +135,15 @@ impl SlotTable {
         self.slots
     }
 
-    /// A slot for a cluster: its own, or a free one behind the last that was given out. `None` if there is none left.
+    /// A slot for a cluster: its own; the one of its number, so that neighbours are neighbours and can be read at once; or a free one behind
+    /// the last that was given out. `None` if there is none left.
     pub(super) fn reserve(&mut self, cluster: u32) -> Option<u32> {
         if let Some(own) = self.of(cluster) {
             return Some(own.number);
+        }
+        if !self.is_used(cluster) {
+            self.mark(cluster, true);
+            return Some(cluster);
         }
         let free = self.next_free()?;
         self.mark(free, true);
@@ -181,7 +186,7 @@ impl SlotTable {
     }
 
     fn is_used(&self, slot: u32) -> bool {
-        self.used.get(slot as usize / 64).is_none_or(|word| word & (1 << (slot % 64)) != 0)
+        slot >= self.slots || self.used.get(slot as usize / 64).is_none_or(|word| word & (1 << (slot % 64)) != 0)
     }
 
     fn next_free(&self) -> Option<u32> {
@@ -294,7 +299,7 @@ impl SwapFile {
         let at = self.layout.slot_at(first);
         match &self.direct {
             Some(file) => {
-                let read = file.read_exact_at(bytes, self.region.data_offset() + at);
+                let read = file.read_exact_at(bytes, self.place_of(first));
                 read.map_err(|source| self.failed("read", first, source))
             }
             None => Ok(self.region.read_at(bytes, at)?),
@@ -306,11 +311,36 @@ impl SwapFile {
         let at = self.layout.slot_at(first);
         match &self.direct {
             Some(file) => {
-                let written = file.write_all_at(bytes, self.region.data_offset() + at);
+                let written = file.write_all_at(bytes, self.place_of(first));
                 written.map_err(|source| self.failed("write", first, source))
             }
             None => Ok(self.region.write_at(bytes, at)?),
         }
+    }
+
+    /// Fills each buffer, whole slots, from the slot that it goes with on; all at a time.
+    pub(super) fn read_many(&self, parts: Vec<(u32, &mut [u8])>) -> Result<(), PagingError> {
+        let Some(file) = &self.direct else {
+            return parts.into_iter().try_for_each(|(first, bytes)| self.read(first, bytes));
+        };
+        let slot = parts.first().map_or(0, |(first, _)| *first);
+        let mut parts: Vec<_> = parts.into_iter().map(|(first, bytes)| (self.place_of(first), bytes)).collect();
+        file.read_many(&mut parts).map_err(|source| self.failed("read", slot, source))
+    }
+
+    /// Writes whole slots from each of these on, all at a time.
+    pub(super) fn write_many(&self, parts: &[(u32, &[u8])]) -> Result<(), PagingError> {
+        let Some(file) = &self.direct else {
+            return parts.iter().try_for_each(|(first, bytes)| self.write(*first, bytes));
+        };
+        let slot = parts.first().map_or(0, |(first, _)| *first);
+        let parts: Vec<_> = parts.iter().map(|(first, bytes)| (self.place_of(*first), *bytes)).collect();
+        file.write_many(&parts).map_err(|source| self.failed("write", slot, source))
+    }
+
+    /// Where in the file a slot is.
+    fn place_of(&self, slot: u32) -> u64 {
+        self.region.data_offset() + self.layout.slot_at(slot)
     }
 
     /// The tables cannot be used.
@@ -458,9 +488,12 @@ mod tests {
     }
 
     #[test]
-    fn slots_that_are_given_out_one_after_the_other_are_neighbours() {
-        let mut table = SlotTable::new(100, 100);
-        let given: Vec<_> = (0..50).map(|cluster| table.reserve(cluster * 2).unwrap()).collect();
-        assert!(given.windows(2).all(|pair| pair[1] == pair[0] + 1));
+    fn neighbours_get_neighbouring_slots_whenever_they_come_and_others_those_that_are_left_in_turn() {
+        let mut table = SlotTable::new(200, 100);
+        assert!([7, 99, 8, 6].into_iter().all(|cluster| table.reserve(cluster) == Some(cluster)));
+        let given: Vec<_> = (100..150).map(|cluster| table.reserve(cluster).unwrap()).collect();
+        assert_eq!(given[..8], [0, 1, 2, 3, 4, 5, 9, 10]);
+        assert!(given[8..].windows(2).all(|pair| pair[1] == pair[0] + 1));
+        assert_eq!(table.reserve(20), Some(53), "its own is taken");
     }
 }

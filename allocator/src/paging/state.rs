@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::frames::Frames;
 use super::read_ahead::Streams;
 use super::slots::{SlotTable, SwapFile};
-use super::{Geometry, PagingError, PagingStatus, SPARE};
+use super::{Geometry, PagingError, PagingStatus, SPARE, Spot};
 use crate::replacement::Replacement;
 
 /// The guest sees it in its frame.
@@ -75,6 +75,10 @@ impl State {
         if let Some(flags) = self.flags.get_mut(cluster as usize) {
             *flags &= !flag;
         }
+    }
+
+    pub(super) fn spot_of(&self, cluster: u32) -> Option<Spot> {
+        Some(Spot { cluster, frame: self.frames.frame_of(cluster)? })
     }
 
     pub(super) fn begin_work(&mut self, cluster: u32) {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::filler::SourceError;
 use crate::name::RegionName;
-use crate::pager::SourceError;
 use crate::region::RegionError;
 
 /// What goes wrong with paging.

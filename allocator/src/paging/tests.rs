@@ -2,7 +2,6 @@
 #![allow(unsafe_code)]
 
 use super::*;
-use crate::medium::MediumKind;
 use crate::pool::{Pool, RegionSpec};
 use crate::region::Kind;
 use std::os::unix::fs::FileExt;
@@ -12,7 +11,8 @@ use std::time::{Duration, Instant};
 
 mod elsewhere;
 
-const CLUSTER: u64 = CLUSTER_MIN;
+/// Of more than one page, so that the last one can be a part.
+const CLUSTER: u64 = 16 << 10;
 const MEMORY: u64 = 128 * CLUSTER - 3 * PAGE_SIZE;
 const RAM: u64 = 32 * CLUSTER;
 
@@ -27,17 +27,11 @@ struct Home {
 }
 
 fn geometry() -> Geometry {
-    Geometry::new(MEMORY, RAM).unwrap()
+    divided(RAM)
 }
 
-impl FrameStore {
-    /// What frames take in memory; `None` if that cannot be told.
-    fn in_memory(&self) -> Option<u64> {
-        let file = self.file().unwrap();
-        let file = std::fs::File::from(file.file.try_clone_to_owned().unwrap());
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
-        if self.is_apart() { Some(blocks) } else { self.cached_bytes() }
-    }
+fn divided(ram: u64) -> Geometry {
+    Geometry { memory: MEMORY, cluster: CLUSTER, frames: (ram / CLUSTER) as u32 }
 }
 
 impl Home {
@@ -46,7 +40,11 @@ impl Home {
     }
 
     fn with_ram(medium: MediumKind, swap_bytes: u64, ram: u64) -> Self {
-        let geometry = Geometry::new(MEMORY, ram).unwrap();
+        Self::with_geometry(medium, swap_bytes, divided(ram))
+    }
+
+    fn with_geometry(medium: MediumKind, swap_bytes: u64, geometry: Geometry) -> Self {
+        let ram = u64::from(geometry.frames) * geometry.cluster;
         let directory = tempfile::tempdir().unwrap();
         let pool = Pool::create_or_open(directory.path().join("pool"), Arc::new(vfs::HostVfs)).unwrap();
         let medium_of = |kind| Some(if kind == Kind::Ram { medium } else { MediumKind::File });
@@ -129,8 +127,32 @@ fn walk(pager: &Pager, model: &mut [u64], (first, step): (u64, u64), seed: u64, 
     }
 }
 
+#[test]
+fn memory_is_divided_as_finely_as_tables_and_mappings_allow() {
+    let (file, nvdimm) = (Some(MediumKind::File), Some(MediumKind::Nvdimm));
+    assert_eq!(Geometry::least_ram(MEMORY, file), FRAMES_MIN * MAPPED_MIN);
+    assert_eq!(Geometry::least_ram(MEMORY, nvdimm), FRAMES_MIN * PAGE_SIZE);
+    for medium in [None, file, nvdimm] {
+        let least = Geometry::least_ram(MEMORY, medium);
+        assert!(Geometry::new(MEMORY, least, medium).is_some() && Geometry::new(MEMORY, least - 1, medium).is_none());
+        assert!(Geometry::new(MEMORY + 1, least, medium).is_none());
+        for (memory, ram) in [(1 << 28, 1 << 26), (4 << 30, 1 << 30), (1 << 40, 1 << 38)] {
+            let geometry = Geometry::new(memory, ram, medium).unwrap();
+            assert!(u64::from(geometry.clusters()) <= CLUSTERS_MAX);
+            assert!(u64::from(geometry.frames()) <= MAPPED_MAX || is_one_mapping(medium));
+            assert_eq!(u64::from(geometry.frames()) * geometry.cluster(), ram);
+        }
+    }
+    let of = |medium| Geometry::new(1 << 28, 1 << 26, medium).unwrap().cluster();
+    assert_eq!((of(nvdimm), of(file), of(None)), (4 << 10, 16 << 10, 16 << 10));
+}
+
 fn outages(medium: MediumKind) {
-    let home = Home::new(medium, MEMORY);
+    outages_of(&Home::new(medium, MEMORY));
+}
+
+fn outages_of(home: &Home) {
+    let geometry = home.geometry;
     let mut model = vec![0; (MEMORY / PAGE_SIZE) as usize];
     let mut tables = None;
     for outage in 0..6 {
@@ -138,21 +160,21 @@ fn outages(medium: MediumKind) {
         walk(&pager, &mut model, (0, 1), 7 + outage, 3000);
         pager.hold();
         let before = pager.status();
-        assert!(before.resident <= u64::from(geometry().frames()));
+        assert!(before.resident <= u64::from(geometry.frames));
         if outage > 0 {
             assert!(before.hard_faults > 0 && before.soft_faults > 0 && before.written > 0, "{before:?}");
             assert!(before.swapped > 0 && before.residence() < 50.0, "{before:?}");
         }
         let frames: Vec<_> = {
             let state = pager.shared.state();
-            (0..geometry().clusters()).map(|cluster| state.frames.frame_of(cluster)).collect()
+            (0..geometry.clusters()).map(|cluster| state.frames.frame_of(cluster)).collect()
         };
         tables = Some(pager.persist().unwrap().0);
         drop(pager);
         let pager = home.pager(tables);
         let after: Vec<_> = {
             let state = pager.shared.state();
-            (0..geometry().clusters()).map(|cluster| state.frames.frame_of(cluster)).collect()
+            (0..geometry.clusters()).map(|cluster| state.frames.frame_of(cluster)).collect()
         };
         assert_eq!(after, frames, "the same clusters are in the same frames");
         assert_eq!(pager.status().swapped, before.swapped);
@@ -168,6 +190,13 @@ fn a_guest_four_times_its_ram_finds_every_byte_through_outages_on_a_file() {
 #[test]
 fn a_guest_four_times_its_ram_finds_every_byte_through_outages_on_nvdimm() {
     outages(MediumKind::Nvdimm);
+}
+
+#[test]
+fn a_guest_finds_every_byte_through_outages_in_clusters_of_a_page() {
+    let geometry = Geometry::new(MEMORY, MEMORY / 4, Some(MediumKind::Nvdimm)).unwrap();
+    assert_eq!(geometry.cluster, PAGE_SIZE);
+    outages_of(&Home::with_geometry(MediumKind::Nvdimm, MEMORY, geometry));
 }
 
 #[test]
@@ -226,6 +255,22 @@ fn a_sequence_is_read_ahead_and_what_did_not_change_is_not_written_again() {
     let status = pager.status();
     assert!(status.read_ahead > 60, "{status:?}");
     assert!(status.dropped > 2 * status.written, "{status:?}");
+}
+
+#[test]
+fn memory_that_was_never_used_comes_as_zeros_ahead_of_a_sequence() {
+    for medium in [MediumKind::File, MediumKind::Nvdimm] {
+        let home = Home::new(medium, MEMORY);
+        let pager = home.pager(None);
+        let pages = MEMORY / PAGE_SIZE;
+        for page in 0..pages {
+            assert_eq!(read(&pager, page), 0);
+            write(&pager, page, page + 1);
+        }
+        let status = pager.status();
+        assert!(status.zero_faults < u64::from(geometry().clusters()), "{status:?}");
+        (0..pages).for_each(|page| assert_eq!(read(&pager, page), page + 1));
+    }
 }
 
 #[test]
@@ -343,8 +388,6 @@ fn tables_that_were_altered_or_are_of_another_freeze_are_refused() {
 
 #[test]
 fn less_ram_may_be_used_from_now_on_and_more_again_and_what_is_not_used_is_given_back() {
-    assert_eq!(Geometry::least_ram(MEMORY), RAM);
-    assert!(Geometry::new(MEMORY, RAM - 1).is_none() && Geometry::new(MEMORY + 1, RAM).is_none());
     for medium in [MediumKind::File, MediumKind::Nvdimm] {
         let home = Home::with_ram(medium, MEMORY, 96 * CLUSTER);
         let pager = home.pager(None);
@@ -358,7 +401,7 @@ fn less_ram_may_be_used_from_now_on_and_more_again_and_what_is_not_used_is_given
             std::thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(pager.status().frames, 32);
-        let used = pager.shared.store.in_memory();
+        let used = pager.shared.store.memory_in_use();
         assert!(used.is_none_or(|bytes| bytes <= 40 * CLUSTER), "{used:?}");
         walk(&pager, &mut model, (0, 1), 4, 1000);
         pager.set_ram(u64::MAX);

@@ -16,9 +16,6 @@ struct Model {
     probation_standby: Vec<u32>,
     main_mapped: Vec<u32>,
     main_standby: Vec<u32>,
-    /// Pinned residents with the place that they have otherwise.
-    pinned: Vec<(u32, Place)>,
-    pins: BTreeMap<u32, u32>,
     used: BTreeMap<u32, u64>,
     unmapped: BTreeMap<u32, u64>,
     evicted: BTreeMap<u32, u64>,
@@ -55,12 +52,11 @@ impl Model {
         [Place::ProbationMapped, Place::ProbationStandby, Place::MainMapped, Place::MainStandby];
 
     fn place_of(&mut self, cluster: u32) -> Option<Place> {
-        let pinned = self.pinned.iter().find(|(pinned, _)| *pinned == cluster).map(|(_, place)| *place);
-        pinned.or_else(|| Self::RESIDENT.into_iter().find(|place| self.list(*place).contains(&cluster)))
+        Self::RESIDENT.into_iter().find(|place| self.list(*place).contains(&cluster))
     }
 
     fn count(&mut self, place: Place) -> u32 {
-        (self.list(place).len() + self.pinned.iter().filter(|(_, at)| *at == place).count()) as u32
+        self.list(place).len() as u32
     }
 
     fn main(&mut self) -> u32 {
@@ -72,7 +68,6 @@ impl Model {
     }
 
     fn take(&mut self, cluster: u32) {
-        self.pinned.retain(|(pinned, _)| *pinned != cluster);
         for place in Self::RESIDENT {
             self.list(place).retain(|other| *other != cluster);
         }
@@ -80,11 +75,7 @@ impl Model {
 
     fn put(&mut self, cluster: u32, place: Place) {
         self.take(cluster);
-        if self.pins.get(&cluster).is_some_and(|pins| *pins > 0) {
-            self.pinned.push((cluster, place));
-        } else {
-            self.list(place).push(cluster);
-        }
+        self.list(place).push(cluster);
     }
 
     fn entry(&mut self, cluster: u32) -> Place {
@@ -195,26 +186,9 @@ impl Model {
         self.evicted.remove(&cluster);
     }
 
-    fn pin(&mut self, cluster: u32, by: i32) {
-        if cluster >= self.clusters {
-            return;
-        }
-        let place = self.place_of(cluster);
-        let pins = self.pins.entry(cluster).or_default();
-        let before = *pins;
-        *pins = before.saturating_add_signed(by);
-        if (before > 0) != (*pins > 0)
-            && let Some(place) = place
-        {
-            self.unmapped.insert(cluster, self.now);
-            self.put(cluster, place);
-        }
-    }
-
     fn recency(&self) -> Vec<u32> {
-        let pinned = self.pinned.iter().rev().map(|(cluster, _)| *cluster);
         let lists = [&self.main_mapped, &self.main_standby, &self.probation_mapped, &self.probation_standby];
-        pinned.chain(lists.into_iter().flat_map(|list| list.iter().rev().copied())).collect()
+        lists.into_iter().flat_map(|list| list.iter().rev().copied()).collect()
     }
 }
 
@@ -227,8 +201,6 @@ enum Step {
     Demote,
     Victim,
     Removed(u32),
-    Pin(u32),
-    Unpin(u32),
     Frames(u32),
 }
 
@@ -242,8 +214,6 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => Just(Step::Demote),
         3 => Just(Step::Victim),
         1 => cluster().prop_map(Step::Removed),
-        1 => cluster().prop_map(Step::Pin),
-        1 => cluster().prop_map(Step::Unpin),
         1 => (0_u32..24).prop_map(Step::Frames),
     ];
     prop::collection::vec(step, 0..400)
@@ -282,7 +252,7 @@ enum Access {
 
 /// Whether a cluster is mapped, as a pager knows it.
 fn is_mapped(policy: &Replacement, cluster: u32) -> bool {
-    policy.node(cluster).unwrap().place.is_mapped()
+    matches!(policy.node(cluster).unwrap().place, Place::ProbationMapped | Place::MainMapped)
 }
 
 proptest! {
@@ -317,14 +287,6 @@ proptest! {
                     policy.removed(cluster);
                     model.removed(cluster);
                 }
-                Step::Pin(cluster) => {
-                    policy.pin(cluster);
-                    model.pin(cluster, 1);
-                }
-                Step::Unpin(cluster) => {
-                    policy.unpin(cluster);
-                    model.pin(cluster, -1);
-                }
                 Step::Frames(frames) => {
                     policy.set_frames(frames);
                     if frames > model.frames {
@@ -343,27 +305,24 @@ proptest! {
     }
 
     #[test]
-    fn there_is_a_victim_while_anything_is_not_pinned(frames in 0_u32..24, steps in steps()) {
+    fn there_is_a_victim_while_anything_is_resident(frames in 0_u32..24, steps in steps()) {
         let mut policy = Replacement::new(24, frames);
         for step in steps {
             match step {
                 Step::Access(cluster) | Step::Admitted(cluster) | Step::Touched(cluster) => policy.admitted(cluster),
                 Step::Prefetched(cluster) => policy.prefetched(cluster),
-                Step::Pin(cluster) => policy.pin(cluster),
                 _ => {}
             }
         }
-        let pinned = policy.recency().filter(|cluster| policy.node(*cluster).unwrap().pins > 0).count();
-        let evictable = policy.resident() as usize - pinned;
-        for _ in 0..evictable {
+        for _ in 0..policy.resident() {
             let victim = policy.victim().or_else(|| {
                 policy.demote().unwrap();
                 policy.victim()
             });
-            prop_assert_eq!(policy.node(victim.unwrap()).unwrap().pins, 0);
+            prop_assert!(victim.is_some());
         }
         prop_assert_eq!((policy.victim(), policy.demote(), policy.victim()), (None, None, None));
-        prop_assert_eq!(policy.resident() as usize, pinned);
+        prop_assert_eq!(policy.resident(), 0);
     }
 
     #[test]
@@ -481,9 +440,7 @@ fn a_near_miss_is_a_fault_for_what_went_out_of_late() {
 fn what_was_removed_is_a_stranger_again() {
     let mut policy = Replacement::new(100, 10);
     policy.admitted(3);
-    policy.pin(3);
     policy.removed(3);
     assert_eq!((policy.resident(), policy.recency().count()), (0, 0));
-    let node = policy.node(3).unwrap();
-    assert_eq!((node.used, node.pins), (0, 1));
+    assert_eq!(policy.node(3).unwrap().used, 0);
 }

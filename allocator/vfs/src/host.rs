@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
 use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 
+use crate::aio::Contexts;
 use crate::poison::Poison;
 use crate::{Cached, DirEntry, EntryKind, OpenMode, ReadFrom, Space, Vfs, VfsFile};
 
@@ -28,6 +29,7 @@ struct HostFile {
     poison: Poison,
     /// The same file, opened for direct reads when that is first wanted. `None` if it cannot be.
     uncached: OnceLock<Option<File>>,
+    contexts: Contexts,
 }
 
 /// The number of the system call: the same on every architecture, and not in the C library yet.
@@ -119,9 +121,20 @@ fn kind_of(found: fs::FileType) -> EntryKind {
     }
 }
 
+/// Bytes of a request that came to its end.
+fn completed(result: i64) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO)))
+}
+
 impl HostFile {
     fn new(file: File, path: &Path) -> Self {
-        Self { file, path: path.to_owned(), poison: Poison::default(), uncached: OnceLock::new() }
+        Self {
+            file,
+            path: path.to_owned(),
+            poison: Poison::default(),
+            uncached: OnceLock::new(),
+            contexts: Contexts::default(),
+        }
     }
 
     /// The same file past the page cache. By its descriptor: what is at its path may be another one by now.
@@ -177,6 +190,34 @@ impl VfsFile for HostFile {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.poison.check(&self.path)?;
         self.file.write_all_at(bytes, offset)
+    }
+
+    fn read_many(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
+        let alone = parts.len() < 2;
+        let results = if alone { None } else { self.contexts.read(self.file.as_fd(), parts) };
+        let results = results.unwrap_or_else(|| vec![0; parts.len()]);
+        for ((offset, buffer), result) in parts.iter_mut().zip(results) {
+            let done = completed(result)?;
+            // The end of the file, or a part of a request alone: an ordinary read goes on, and tells which.
+            if let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+                self.read_exact_at(rest, *offset + done as u64)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_many(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
+        self.poison.check(&self.path)?;
+        let alone = parts.len() < 2;
+        let results = if alone { None } else { self.contexts.write(self.file.as_fd(), parts) };
+        let results = results.unwrap_or_else(|| vec![0; parts.len()]);
+        for ((offset, bytes), result) in parts.iter().zip(results) {
+            let done = completed(result)?;
+            if let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+                self.write_all_at(rest, *offset + done as u64)?;
+            }
+        }
+        Ok(())
     }
 
     fn cached(&self, offset: u64, length: u64) -> Option<Cached> {
@@ -352,6 +393,35 @@ mod tests {
                     assert!(buffer[length..].iter().all(|byte| *byte == 0xEE));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn many_at_a_time_are_as_one_after_the_other_past_the_page_cache_or_not() {
+        const PART: usize = 4096;
+        let dir = tempfile::tempdir().unwrap();
+        let file = write(&dir.path().join("f"), &vec![0; 512 * PART]);
+        let direct = file.direct().unwrap();
+        for file in [Some(file), direct].into_iter().flatten() {
+            let mut buffer = crate::IoBuffer::new(300 * PART).unwrap();
+            buffer.iter_mut().enumerate().for_each(|(at, byte)| *byte = (at / PART + at) as u8);
+            let place = |index: usize| ((index * 7) % 512 * PART) as u64;
+            let parts: Vec<_> = buffer.chunks_exact(PART).enumerate().map(|(i, bytes)| (place(i), bytes)).collect();
+            file.write_many(&parts).unwrap();
+            file.sync_data().unwrap();
+            let mut one = crate::IoBuffer::new(PART).unwrap();
+            for (offset, bytes) in &parts {
+                file.read_exact_at(&mut one, *offset).unwrap();
+                assert_eq!(one[..], **bytes);
+            }
+            let mut again = crate::IoBuffer::new(300 * PART).unwrap();
+            let mut parts: Vec<_> =
+                again.chunks_exact_mut(PART).enumerate().map(|(i, bytes)| (place(i), bytes)).collect();
+            file.read_many(&mut parts).unwrap();
+            assert!(again[..] == buffer[..]);
+            let (first, rest) = again.split_at_mut(PART);
+            let mut beyond = [(0, first), (511 * PART as u64, &mut rest[..2 * PART])];
+            assert_eq!(file.read_many(&mut beyond).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         }
     }
 

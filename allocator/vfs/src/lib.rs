@@ -25,6 +25,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
+mod aio;
 mod buffer;
 pub mod crash;
 pub mod host;
@@ -190,6 +191,22 @@ pub trait VfsFile: Send + Sync + fmt::Debug {
     fn write_durable_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.write_all_at(bytes, offset)?;
         self.sync_data()
+    }
+
+    /// Fills each buffer exactly, from its offset, as [`VfsFile::read_exact_at`] would; all at a time where that is possible.
+    ///
+    /// # Errors
+    /// As [`VfsFile::read_exact_at`], of one of them; then nothing is known of what is in any buffer.
+    fn read_many(&self, parts: &mut [(u64, &mut [u8])]) -> io::Result<()> {
+        parts.iter_mut().try_for_each(|(offset, buffer)| self.read_exact_at(buffer, *offset))
+    }
+
+    /// Writes all of each part at its offset, in any order; all at a time where that is possible. No two may overlap.
+    ///
+    /// # Errors
+    /// As [`VfsFile::write_all_at`], of one of them; then nothing is known of what is at any of the offsets.
+    fn write_many(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
+        parts.iter().try_for_each(|(offset, bytes)| self.write_all_at(bytes, *offset))
     }
 
     /// The length in bytes.

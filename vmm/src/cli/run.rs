@@ -216,7 +216,9 @@ fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions
             "VM {name} has these disks in the pool: {has}; not {wanted}: that cannot change; `perdure remove {name}` first"
         );
     }
-    regions.set_config(config.clone());
+    // Said now and not then, or the reverse, it would be another division of memory.
+    let medium = regions.config().medium;
+    regions.set_config(VmConfig { medium, ..config.clone() });
     Ok(regions)
 }
 

@@ -320,14 +320,14 @@ impl VmConfig {
     fn validate_ram(&self) -> Result<(), ConfigError> {
         let memory = self.memory;
         if let Some(ram) = self.ram {
-            let least = ByteSize(Geometry::least_ram(memory.0).min(memory.0));
+            let least = ByteSize(Geometry::least_ram(memory.0, self.medium).min(memory.0));
             let fits = ram <= memory && ram.0.is_multiple_of(PAGE_SIZE);
-            if !fits || (ram < memory && Geometry::new(memory.0, ram.0).is_none()) {
+            if !fits || (ram < memory && Geometry::new(memory.0, ram.0, self.medium).is_none()) {
                 return Err(ConfigError::Ram { ram, memory, least });
             }
         }
         if let Some(floor) = self.ram_min {
-            let least = Geometry::least_ram(memory.0);
+            let least = Geometry::least_ram(memory.0, self.medium);
             if self.geometry().is_none() || !(least..=self.ram_bytes()).contains(&floor.0) {
                 return Err(ConfigError::RamMin(floor));
             }
@@ -343,7 +343,7 @@ impl VmConfig {
     /// How memory is divided, if not all of it is RAM.
     #[must_use]
     pub fn geometry(&self) -> Option<Geometry> {
-        self.ram.filter(|ram| *ram < self.memory).and_then(|ram| Geometry::new(self.memory.0, ram.0))
+        self.ram.filter(|ram| *ram < self.memory).and_then(|ram| Geometry::new(self.memory.0, ram.0, self.medium))
     }
 
     /// Bytes of the RAM region.

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use allocator::Region;
-use allocator::pager::{self, ClusterSource, PagerError, PagerEvent, PagerEvents, PagerStatus, SourceError};
+use allocator::filler::{self, ClusterSource, FillerError, FillerEvent, FillerEvents, FillerStatus, SourceError};
 use allocator::paging::{self, Elsewhere, Geometry, PagingError, PagingEvent, PagingEvents, PagingStatus};
 use serde::{Deserialize, Serialize};
 use snapshot::{GenerationId, Reader, Store, StoreError};
@@ -68,7 +68,7 @@ pub enum RestoringError {
     NoStore(String),
     /// Filling RAM.
     #[error(transparent)]
-    Pager(#[from] PagerError),
+    Filler(#[from] FillerError),
     /// Paging memory.
     #[error(transparent)]
     Paging(#[from] PagingError),
@@ -78,7 +78,7 @@ impl RestoringV1 {
     /// Nothing of a memory of `size` bytes is there yet; `paged`: how it is divided, if it is.
     #[must_use]
     pub fn nothing_yet(generation: &GenerationId, unprotect: bool, size: u64, paged: Option<Geometry>) -> Self {
-        let cluster = paged.map_or_else(|| pager::cluster_size(size), |geometry| geometry.cluster());
+        let cluster = paged.map_or_else(|| filler::cluster_size(size), |geometry| geometry.cluster());
         Self {
             generation: generation.to_string(),
             unprotect,
@@ -96,7 +96,7 @@ impl RestoringV1 {
         let id = self.generation.parse().map_err(|error: StoreError| invalid(error.to_string()))?;
         let possible = match paged {
             Some(geometry) => geometry.cluster() == self.cluster && geometry.memory() == size,
-            None => pager::is_cluster_size(self.cluster, size),
+            None => filler::is_cluster_size(self.cluster, size),
         };
         if !possible {
             return Err(invalid(format!("clusters of {} bytes in a region of {size}", self.cluster)));
@@ -172,7 +172,7 @@ pub struct Restoring {
 #[derive(Debug, Clone)]
 enum AnyPager {
     /// Memory is all RAM, and this fills its region.
-    Ram(Arc<pager::Pager>),
+    Ram(Arc<filler::Filler>),
     /// Memory is paged anyway.
     Paged(Arc<paging::Pager>),
 }
@@ -202,7 +202,7 @@ pub struct Paging<'a> {
     /// Whether memory is fetched that nobody has asked for.
     pub prefetch: bool,
     /// Who is told.
-    pub events: PagerEvents,
+    pub events: FillerEvents,
 }
 
 impl Restoring {
@@ -238,10 +238,10 @@ impl Restoring {
         let release = record.unprotect.then(|| Release { store, id: id.clone(), done: Arc::clone(&done) });
         let pager = match destination {
             Destination::Ram(ram) => {
-                let is_complete = |event: &PagerEvent| matches!(event, PagerEvent::Complete);
+                let is_complete = |event: &FillerEvent| matches!(event, FillerEvent::Complete);
                 let events = releasing(release, Arc::clone(&paging.events), is_complete);
-                let plan = pager::Plan { cluster: record.cluster, present, source, prefetch, events };
-                AnyPager::Ram(Arc::new(pager::Pager::start(ram, plan)?))
+                let plan = filler::Plan { cluster: record.cluster, present, source, prefetch, events };
+                AnyPager::Ram(Arc::new(filler::Filler::start(ram, plan)?))
             }
             Destination::Paged { ram, swap, tables, events } => {
                 if tables.is_none() && record.present.iter().any(|byte| *byte != 0) {
@@ -259,7 +259,7 @@ impl Restoring {
     }
 
     /// What fills the RAM region, if memory is all RAM.
-    pub(super) fn filler(&self) -> Option<&Arc<pager::Pager>> {
+    pub(super) fn filler(&self) -> Option<&Arc<filler::Filler>> {
         match &self.pager {
             AnyPager::Ram(pager) => Some(pager),
             AnyPager::Paged(_) => None,
@@ -370,9 +370,9 @@ pub(super) fn release(store: &Store, id: &GenerationId) -> Result<(), StoreError
 
 /// RAM that is being filled: what the VMM itself reads of it is brought in first, so that it never waits for a page that cannot be had.
 #[derive(Debug)]
-pub(super) struct PagedMemory(pub(super) Arc<pager::Pager>);
+pub(super) struct PagedMemory(pub(super) Arc<filler::Filler>);
 
-// SAFETY: the pager keeps its mapping, at a fixed address; pieces of it are replaced by the file they stand for, mapped readable and
+// SAFETY: the filler keeps its mapping, at a fixed address; pieces of it are replaced by the file they stand for, mapped readable and
 // writable, and no references are handed out. A piece that was refused is told by `bring_in`.
 unsafe impl HostMemory for PagedMemory {
     fn as_ptr(&self) -> *mut u8 {
@@ -416,7 +416,7 @@ impl Restoring {
         let generation = self.id.to_string();
         match &self.pager {
             AnyPager::Ram(pager) => {
-                let PagerStatus { clusters, present, faults, missing } = pager.status();
+                let FillerStatus { clusters, present, faults, missing } = pager.status();
                 RestoringStatus { generation, cluster: pager.cluster(), present, clusters, faults, missing }
             }
             AnyPager::Paged(pager) => {
@@ -445,7 +445,7 @@ mod tests {
             assert!(record(cluster, vec![0xFF; bytes]).check(size, None).is_err(), "{cluster} {bytes}");
         }
         assert!(record(4096, vec![0; 1 << 17]).check(1 << 32, None).is_err(), "more clusters than can be mapped");
-        let paged = Geometry::new(size, Geometry::least_ram(size));
+        let paged = Geometry::new(size, Geometry::least_ram(size, None), None);
         assert!(record(16 << 10, vec![0; 5]).check(size, paged).is_ok());
         for (cluster, bytes, size) in
             [(4096, 20, size), (32 << 10, 3, size), (16 << 10, 6, size), (16 << 10, 5, size + 4096)]

@@ -1,6 +1,6 @@
 //! What is heard of the guest's memory while it runs: being restored, or paged.
 
-use allocator::pager::PagerEvent;
+use allocator::filler::FillerEvent;
 use allocator::paging::PagingEvent;
 
 use super::{Chain, Ended, Supervisor, SupervisorError};
@@ -10,7 +10,7 @@ use crate::persistence::{restoring, working_set};
 #[derive(Debug)]
 pub(super) enum MemoryNews {
     /// It is being restored.
-    Restore(PagerEvent),
+    Restore(FillerEvent),
     /// It is paged.
     Paging(PagingEvent),
 }
@@ -50,11 +50,11 @@ impl Supervisor {
         Ok(None)
     }
 
-    fn on_restore(&mut self, event: PagerEvent) -> Result<Option<Ended>, SupervisorError> {
+    fn on_restore(&mut self, event: FillerEvent) -> Result<Option<Ended>, SupervisorError> {
         match event {
-            PagerEvent::Complete => self.note_restored(),
-            PagerEvent::Missing(error) => self.tell_missing(&error),
-            PagerEvent::Lost(error) => return self.end(Ended::MemoryLost(Chain(&error).to_string())).map(Some),
+            FillerEvent::Complete => self.note_restored(),
+            FillerEvent::Missing(error) => self.tell_missing(&error),
+            FillerEvent::Lost(error) => return self.end(Ended::MemoryLost(Chain(&error).to_string())).map(Some),
         }
         Ok(None)
     }

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use allocator::Pool;
 use allocator::budget::BudgetError;
-use allocator::pager::PagerEvents;
+use allocator::filler::FillerEvents;
 use allocator::paging::PagingEvents;
 use devices::MachineRequest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -141,7 +141,7 @@ impl Inboxes {
     }
 
     /// Where news of memory that is being restored goes.
-    fn of_memory(&self) -> PagerEvents {
+    fn of_memory(&self) -> FillerEvents {
         let (sender, wake) = (self.memory_sender.clone(), Arc::clone(&self.wake));
         Arc::new(move |event| {
             // The supervisor has ended if nobody receives.

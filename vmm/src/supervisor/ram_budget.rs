@@ -79,7 +79,7 @@ impl Place {
 /// The least RAM that a VM has, in bytes.
 fn floor(config: &VmConfig) -> u64 {
     match config.geometry() {
-        Some(_) => config.ram_min.map_or_else(|| Geometry::least_ram(config.memory.0), |floor| floor.0),
+        Some(_) => config.ram_min.map_or_else(|| Geometry::least_ram(config.memory.0, config.medium), |floor| floor.0),
         None => config.ram_bytes(),
     }
 }

@@ -1,7 +1,7 @@
 //! Memory that comes from a source while it is used.
 
 use super::*;
-use crate::pager::{ClusterSource, SourceError};
+use crate::filler::{ClusterSource, SourceError};
 use std::sync::atomic::AtomicU64;
 
 const CLUSTERS: u64 = MEMORY.div_ceil(CLUSTER);

@@ -7,11 +7,11 @@
 //!   thread "prefetch" (order given, then all) ────┘
 //! ```
 //!
-//! A cluster is *absent*, being *filled* by one thread, or *present*; from then on it is the guest's and is never written by the pager
+//! A cluster is *absent*, being *filled* by one thread, or *present*; from then on it is the guest's and is never written by the filler
 //! again. The threads reach the region through its file alone: if they touched the mapping, they would wait for themselves.
 //!
 //! What a region holds under an absent cluster does not matter, but for one thing: a cluster of zeros is not written. So the region
-//! must be zero where clusters are absent, or be left so by an earlier pager.
+//! must be zero where clusters are absent, or be left so by an earlier filler.
 
 use std::error::Error;
 use std::fmt;
@@ -65,7 +65,7 @@ pub trait ClusterSource: Send + Sync + fmt::Debug {
 
 /// Why a cluster is not there. It stays absent, and is tried again when it is asked for again.
 #[derive(Debug, Error)]
-pub enum PagerError {
+pub enum FillerError {
     /// The source.
     #[error("the bytes {offset:#x}..{end:#x} of region {name} cannot be had")]
     Source {
@@ -95,21 +95,21 @@ pub enum PagerError {
 
 /// What a pager tells, from any of its threads.
 #[derive(Debug)]
-pub enum PagerEvent {
+pub enum FillerEvent {
     /// Somebody waits for memory that cannot be had: whoever accesses it from now on is refused.
-    Lost(PagerError),
+    Lost(FillerError),
     /// The prefetcher met a cluster that cannot be had. Nobody has asked for it yet. Told once.
-    Missing(PagerError),
+    Missing(FillerError),
     /// All is there, and flushed.
     Complete,
 }
 
 /// Is told what a pager tells.
-pub type PagerEvents = Arc<dyn Fn(PagerEvent) + Send + Sync>;
+pub type FillerEvents = Arc<dyn Fn(FillerEvent) + Send + Sync>;
 
 /// How far a region is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct PagerStatus {
+pub struct FillerStatus {
     /// Clusters in all.
     pub clusters: u64,
     /// Those that are there.
@@ -130,7 +130,7 @@ enum Cluster {
 #[derive(Debug)]
 struct State {
     clusters: Vec<Cluster>,
-    status: PagerStatus,
+    status: FillerStatus,
     /// Those that somebody waited for, in that order.
     trace: Vec<u32>,
 }
@@ -140,7 +140,7 @@ struct Shared {
     memory: OnDemand,
     cluster: u64,
     source: Box<dyn ClusterSource>,
-    events: PagerEvents,
+    events: FillerEvents,
     state: Mutex<State>,
     changed: Condvar,
     /// Faults being served.
@@ -163,37 +163,37 @@ pub struct Plan {
     /// The clusters that the prefetcher fetches first; `None`: it fetches none at all.
     pub prefetch: Option<Vec<u32>>,
     /// Who is told.
-    pub events: PagerEvents,
+    pub events: FillerEvents,
 }
 
 /// A region that is being filled. Dropping it ends the threads; an access to an absent cluster would wait for ever then.
-pub struct Pager {
+pub struct Filler {
     shared: Arc<Shared>,
     bell: Arc<std::os::fd::OwnedFd>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl fmt::Debug for Pager {
+impl fmt::Debug for Filler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pager").field("region", self.shared.region.name()).field("status", &self.status()).finish()
+        f.debug_struct("Filler").field("region", self.shared.region.name()).field("status", &self.status()).finish()
     }
 }
 
-impl Pager {
+impl Filler {
     /// Maps `region` and begins to fill it.
     ///
     /// # Errors
-    /// [`PagerError::Region`], [`PagerError::System`].
-    pub fn start(region: Arc<Region>, plan: Plan) -> Result<Self, PagerError> {
+    /// [`FillerError::Region`], [`FillerError::System`].
+    pub fn start(region: Arc<Region>, plan: Plan) -> Result<Self, FillerError> {
         let Plan { cluster, present, source, prefetch, events } = plan;
         let count = usize::try_from(region.size().div_ceil(cluster)).unwrap_or(usize::MAX);
         let clusters: Vec<Cluster> = (0..count)
             .map(|index| if present.get(index) == Some(&true) { Cluster::Present } else { Cluster::Absent })
             .collect();
         let here = clusters.iter().filter(|cluster| **cluster == Cluster::Present).count();
-        let status = PagerStatus { clusters: count as u64, present: here as u64, ..PagerStatus::default() };
+        let status = FillerStatus { clusters: count as u64, present: here as u64, ..FillerStatus::default() };
         let memory = region.map_on_demand(cluster, present)?;
-        let system = |doing| move |source: rustix::io::Errno| PagerError::System { doing, source: source.into() };
+        let system = |doing| move |source: rustix::io::Errno| FillerError::System { doing, source: source.into() };
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let shared = Arc::new(Shared {
             region,
@@ -219,14 +219,14 @@ impl Pager {
         Ok(pager)
     }
 
-    fn spawn(&mut self, name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<(), PagerError> {
+    fn spawn(&mut self, name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<(), FillerError> {
         let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(body);
-        let failed = |source| PagerError::System { doing: "start a thread that fills memory", source };
+        let failed = |source| FillerError::System { doing: "start a thread that fills memory", source };
         self.threads.push(spawned.map_err(failed)?);
         Ok(())
     }
 
-    /// The region's memory. Absent parts of it make who accesses them wait; this process had better [`Pager::bring_in`] first.
+    /// The region's memory. Absent parts of it make who accesses them wait; this process had better [`Filler::bring_in`] first.
     #[must_use]
     pub fn mapping(&self) -> &Arc<Mapping> {
         self.shared.memory.mapping()
@@ -235,8 +235,8 @@ impl Pager {
     /// Waits until `length` bytes at `offset` are there.
     ///
     /// # Errors
-    /// [`PagerError`]: then they must not be accessed.
-    pub fn bring_in(&self, offset: u64, length: u64) -> Result<(), PagerError> {
+    /// [`FillerError`]: then they must not be accessed.
+    pub fn bring_in(&self, offset: u64, length: u64) -> Result<(), FillerError> {
         if length == 0 || self.is_complete() {
             return Ok(());
         }
@@ -254,7 +254,7 @@ impl Pager {
 
     /// How far it is.
     #[must_use]
-    pub fn status(&self) -> PagerStatus {
+    pub fn status(&self) -> FillerStatus {
         self.shared.state().status
     }
 
@@ -282,7 +282,7 @@ impl Pager {
     }
 }
 
-impl Drop for Pager {
+impl Drop for Filler {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::SeqCst);
         let _ = rustix::io::write(&*self.bell, &1_u64.to_ne_bytes());
@@ -314,7 +314,7 @@ impl Shared {
                 Ok(awaited) => awaited,
                 Err(source) => {
                     let doing = "hear of page faults";
-                    (self.events)(PagerEvent::Lost(PagerError::System { doing, source }));
+                    (self.events)(FillerEvent::Lost(FillerError::System { doing, source }));
                     return;
                 }
             };
@@ -329,13 +329,13 @@ impl Shared {
     fn serve_fault(&self, cluster: u64, buffer: &mut Vec<u8>) {
         if let Err(error) = self.fill(cluster, buffer, true) {
             // First told, then refused: what a vCPU says of the refusal is to come second.
-            (self.events)(PagerEvent::Lost(error));
+            (self.events)(FillerEvent::Lost(error));
             let _ = self.memory.refuse(cluster);
         }
     }
 
     /// Makes a cluster present and places it. If another thread is at it, that is waited for. `asked`: somebody waits for it.
-    fn fill(&self, cluster: u64, buffer: &mut Vec<u8>, asked: bool) -> Result<(), PagerError> {
+    fn fill(&self, cluster: u64, buffer: &mut Vec<u8>, asked: bool) -> Result<(), FillerError> {
         let index = usize::try_from(cluster).unwrap_or(usize::MAX);
         if self.claim(index, asked) {
             let read = self.read_into_region(cluster, buffer);
@@ -376,14 +376,14 @@ impl Shared {
     }
 
     /// The region's file gets what belongs there.
-    fn read_into_region(&self, cluster: u64, buffer: &mut Vec<u8>) -> Result<(), PagerError> {
+    fn read_into_region(&self, cluster: u64, buffer: &mut Vec<u8>) -> Result<(), FillerError> {
         let offset = cluster * self.cluster;
         let length = self.cluster.min(self.region.size().saturating_sub(offset));
         buffer.resize(usize::try_from(length).unwrap_or(0), 0);
         let read = self.source.read(offset, buffer);
         let failed = |source| {
             let name = self.region.name().to_string();
-            PagerError::Source { name, offset, end: offset + length, source }
+            FillerError::Source { name, offset, end: offset + length, source }
         };
         if read.map_err(failed)? {
             // All of it, zeros too: an earlier attempt may have failed halfway.
@@ -412,7 +412,7 @@ impl Shared {
             if let Err(error) = self.fill(cluster, &mut buffer, false) {
                 self.state().status.missing += 1;
                 if !std::mem::replace(&mut told, true) {
-                    (self.events)(PagerEvent::Missing(error));
+                    (self.events)(FillerEvent::Missing(error));
                 }
             }
             if self.unflushed.load(Ordering::Relaxed) >= UNFLUSHED_MAX && !self.flush() {
@@ -422,7 +422,7 @@ impl Shared {
         // What is being filled elsewhere is waited for by `fill`, so all is there unless something was missing.
         let status = self.state().status;
         if status.present == status.clusters && self.flush() {
-            (self.events)(PagerEvent::Complete);
+            (self.events)(FillerEvent::Complete);
         }
     }
 
@@ -432,7 +432,7 @@ impl Shared {
         match self.region.sync() {
             Ok(()) => true,
             Err(error) => {
-                (self.events)(PagerEvent::Missing(error.into()));
+                (self.events)(FillerEvent::Missing(error.into()));
                 false
             }
         }

@@ -37,8 +37,8 @@ struct Home {
     _directory: tempfile::TempDir,
     region: Arc<Region>,
     reads: Arc<AtomicUsize>,
-    events: mpsc::Receiver<PagerEvent>,
-    sender: mpsc::Sender<PagerEvent>,
+    events: mpsc::Receiver<FillerEvent>,
+    sender: mpsc::Sender<FillerEvent>,
 }
 
 impl Home {
@@ -52,26 +52,26 @@ impl Home {
         Self { _directory: directory, region, reads: Arc::default(), events, sender }
     }
 
-    fn pager(&self, lost: u64, present: Vec<bool>, prefetch: Option<Vec<u32>>) -> Pager {
+    fn pager(&self, lost: u64, present: Vec<bool>, prefetch: Option<Vec<u32>>) -> Filler {
         let sender = Mutex::new(self.sender.clone());
-        let events: PagerEvents = Arc::new(move |event| drop(sender.lock().unwrap().send(event)));
+        let events: FillerEvents = Arc::new(move |event| drop(sender.lock().unwrap().send(event)));
         let source = Box::new(Numbered { lost, reads: Arc::clone(&self.reads) });
         let plan = Plan { cluster: cluster_size(SIZE), present, source, prefetch, events };
-        Pager::start(Arc::clone(&self.region), plan).unwrap()
+        Filler::start(Arc::clone(&self.region), plan).unwrap()
     }
 
-    fn next_event(&self) -> PagerEvent {
+    fn next_event(&self) -> FillerEvent {
         self.events.recv_timeout(Duration::from_secs(20)).unwrap()
     }
 }
 
-fn read(pager: &Pager, offset: u64) -> u8 {
+fn read(pager: &Filler, offset: u64) -> u8 {
     assert!(offset < pager.mapping().len() as u64);
     // SAFETY: within the mapping, which the pager keeps.
     unsafe { pager.mapping().as_ptr().add(offset as usize).read_volatile() }
 }
 
-fn write(pager: &Pager, offset: u64, value: u8) {
+fn write(pager: &Filler, offset: u64, value: u8) {
     // SAFETY: as above.
     unsafe { pager.mapping().as_ptr().add(offset as usize).write_volatile(value) }
 }
@@ -95,7 +95,7 @@ fn what_is_touched_is_there_and_what_was_written_stays_through_the_prefetch() {
             assert_eq!(read(&on_demand, offset), byte(offset));
         }
         assert_eq!(on_demand.trace(), [16, 0, 3], "each once");
-        assert_eq!(on_demand.status(), PagerStatus { clusters: 17, present: 3, faults: 3, missing: 0 });
+        assert_eq!(on_demand.status(), FillerStatus { clusters: 17, present: 3, faults: 3, missing: 0 });
         on_demand.bring_in(2 * CLUSTER_MIN - 1, 2).unwrap();
         assert_eq!(on_demand.status().present, 5);
         assert_eq!(on_demand.status().faults, 3, "who asks first does not wait in a fault");
@@ -107,7 +107,7 @@ fn what_is_touched_is_there_and_what_was_written_stays_through_the_prefetch() {
         home.reads.store(0, Ordering::SeqCst);
         let pager = home.pager(u64::MAX, present, Some(vec![16, 9, 9, 4_000_000]));
         write(&pager, 10 * CLUSTER_MIN, 0xDD);
-        assert!(matches!(home.next_event(), PagerEvent::Complete));
+        assert!(matches!(home.next_event(), FillerEvent::Complete));
         assert_eq!(home.reads.load(Ordering::SeqCst), 12, "each absent cluster is read once");
         assert!(pager.is_complete());
         for offset in 0..SIZE {
@@ -136,7 +136,7 @@ fn many_threads_see_the_same_bytes_while_the_prefetcher_is_at_it() {
             });
         }
     });
-    assert!(matches!(home.next_event(), PagerEvent::Complete));
+    assert!(matches!(home.next_event(), FillerEvent::Complete));
     assert_eq!(home.reads.load(Ordering::SeqCst), 17);
 }
 
@@ -144,7 +144,7 @@ fn many_threads_see_the_same_bytes_while_the_prefetcher_is_at_it() {
 fn what_cannot_be_had_is_named_stays_absent_and_is_never_zeros() {
     let home = Home::new(MediumKind::File);
     let pager = home.pager(5 * CLUSTER_MIN, vec![], Some(vec![7]));
-    let PagerEvent::Missing(missing) = home.next_event() else { panic!("not told") };
+    let FillerEvent::Missing(missing) = home.next_event() else { panic!("not told") };
     assert!(missing.source().unwrap().to_string().contains("page 80"), "{missing:?}");
     let error = pager.bring_in(5 * CLUSTER_MIN, 1).unwrap_err();
     assert!(error.to_string().contains("0x50000..0x60000"), "{error}");
@@ -156,7 +156,7 @@ fn what_cannot_be_had_is_named_stays_absent_and_is_never_zeros() {
     let written = unsafe { libc::write(writer.as_raw_fd(), address as *const libc::c_void, 1) };
     assert_eq!(written, -1);
     assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EFAULT));
-    let PagerEvent::Lost(_) = home.events.try_recv().unwrap() else { panic!("not told") };
+    let FillerEvent::Lost(_) = home.events.try_recv().unwrap() else { panic!("not told") };
     assert_eq!(read(&pager, 4 * CLUSTER_MIN), byte(4 * CLUSTER_MIN), "the others come");
 }
 
