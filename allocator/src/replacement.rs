@@ -53,7 +53,7 @@
 
 /// Clusters that may be unmapped for each that is evicted. With one, standby dries up when it is used (`phases` cost 14 times as much);
 /// three are no better than two.
-const UNMAPS_A_VICTIM: u32 = 2;
+pub(crate) const UNMAPS_A_VICTIM: u32 = 2;
 /// Clusters that may be unmapped where there is no victim.
 const UNMAPS_FOR_A_VICTIM: u32 = 16;
 /// Unmappings that may be owed: more than the victims of a batch ask for.

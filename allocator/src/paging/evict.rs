@@ -5,6 +5,7 @@ use super::{
     AWAITED, BUSY, Digest, ELSEWHERE, IN_IMAGE, KNOWN, LOST, MAPPED, PagingError, PagingEvent, Piece, SAVED, Shared,
     Spot, State,
 };
+use crate::replacement;
 
 /// Of all frames, so many are kept free: one in this many.
 const RESERVE: u32 = 32;
@@ -12,8 +13,9 @@ const RESERVE: u32 = 32;
 const RESERVE_MAX: u64 = 16 << 20;
 /// Bytes that leave RAM at a time.
 const BATCH: u64 = 2 << 20;
-/// Bytes that are withdrawn at a time.
-const DEMOTED_MAX: u64 = 1 << 20;
+/// Bytes that are withdrawn at a time: all that the victims of a batch call for. With less, probation alone would be withdrawn from, and what lies
+/// in main unused would never leave.
+const DEMOTED_MAX: u64 = replacement::UNMAPS_A_VICTIM as u64 * BATCH;
 /// Frames whose memory is given back at a time.
 const RELEASED_MAX: usize = 64;
 /// How long before what failed is tried again.

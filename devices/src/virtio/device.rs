@@ -50,6 +50,10 @@ pub enum Fault {
 }
 
 impl Fault {
+    pub(super) fn absent(source: std::io::Error) -> Self {
+        Self::Host { doing: "have a part of the guest's memory", source }
+    }
+
     pub(super) fn ring(source: virtio_queue::Error) -> Self {
         Self::Ring(source)
     }

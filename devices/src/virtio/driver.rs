@@ -70,6 +70,11 @@ impl Driver {
         Self::with_memory(device, Memory::new(Arc::new(Shared(memory))), Vec::new())
     }
 
+    /// The same over the memory that `keeper` keeps.
+    pub(crate) fn over(keeper: Arc<dyn DeviceMemory>, device: impl VirtioDevice + 'static) -> Self {
+        Self::with_memory(device, Memory::new(keeper), Vec::new())
+    }
+
     /// The same memory, with the same driver, and a fresh device: as after an outage.
     pub(crate) fn resumed(&self, device: impl VirtioDevice + 'static) -> Self {
         Self::with_memory(device, self.memory.clone(), self.sides.clone())

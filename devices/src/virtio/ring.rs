@@ -1,9 +1,11 @@
 //! A virtqueue with the memory that it lies in and the interrupt that it raises.
 
+use std::io;
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,6 +15,16 @@ use super::memory::Memory;
 
 /// A request: descriptors that belong together. Untrusted.
 pub type Chain = DescriptorChain<Memory>;
+
+/// Bytes of a descriptor, of an entry of the available ring, of one of the used ring (virtio 1.2, section 2.7), and of what stands before and
+/// behind the entries of both.
+const DESCRIPTOR: u64 = 16;
+const AVAILABLE: u64 = 2;
+const USED: u64 = 8;
+const RING_ENDS: u64 = 6;
+/// The most bytes of a request's buffers that are brought in: no device uses more of one (a disk 254 pieces of 64 KiB), and a guest that offers gigabytes is
+/// not to hold up a freeze.
+const BROUGHT_IN_MAX: u64 = 16 << 20;
 
 /// A virtqueue as its device sees it.
 pub struct Ring {
@@ -41,8 +53,52 @@ impl Ring {
         if !self.queue.ready() {
             return Ok(None);
         }
+        if self.memory.is_whole() {
+            return self.next();
+        }
+        self.bring_in().map_err(Fault::absent)?;
+        let next = self.next()?;
+        if let Some(chain) = &next {
+            self.bring_in_request(chain).map_err(Fault::absent)?;
+        }
+        Ok(next)
+    }
+
+    fn next(&mut self) -> Result<Option<Chain>, Fault> {
         let mut available = self.queue.iter(self.memory.clone()).map_err(Fault::ring)?;
         Ok(available.next())
+    }
+
+    /// Brings in a request's buffers, and the table of its descriptors if its first says that it has one of its own (section 2.7.5.3).
+    fn bring_in_request(&self, chain: &Chain) -> io::Result<()> {
+        const INDIRECT: u16 = 1 << 2;
+        let first = GuestAddress(self.queue.desc_table().saturating_add(DESCRIPTOR * u64::from(chain.head_index())));
+        let field = |offset| GuestAddress(first.0.saturating_add(offset));
+        let flags: u16 = self.memory.read_obj(field(12)).map_err(io::Error::other)?;
+        if u16::from_le(flags) & INDIRECT != 0 {
+            let table: u64 = self.memory.read_obj(first).map_err(io::Error::other)?;
+            let length: u32 = self.memory.read_obj(field(8)).map_err(io::Error::other)?;
+            // No table is longer than the largest queue's.
+            let length = u64::from(u32::from_le(length)).min(DESCRIPTOR << 15);
+            self.memory.bring_in(GuestAddress(u64::from_le(table)), length)?;
+        }
+        let mut left = BROUGHT_IN_MAX;
+        chain.clone().try_for_each(|descriptor: Descriptor| {
+            let length = left.min(descriptor.len().into());
+            left -= length;
+            self.memory.bring_in(descriptor.addr(), length)
+        })
+    }
+
+    /// Brings in the memory that the ring itself lies in.
+    fn bring_in(&self) -> io::Result<()> {
+        let size = u64::from(self.queue.size());
+        let parts = [
+            (self.queue.desc_table(), DESCRIPTOR * size),
+            (self.queue.avail_ring(), RING_ENDS + AVAILABLE * size),
+            (self.queue.used_ring(), RING_ENDS + USED * size),
+        ];
+        parts.iter().try_for_each(|(start, length)| self.memory.bring_in(GuestAddress(*start), *length))
     }
 
     /// Takes back the last [`Ring::pop`]: the request will be the next again.

@@ -9,6 +9,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::sync::Arc;
 
 pub use state::VmGenIdStateV1;
@@ -42,9 +43,10 @@ impl VmGenId {
     /// Shows the guest the ID: before it boots.
     ///
     /// # Errors
-    /// The memory does not reach that far.
-    pub fn show(&self) -> Result<(), vm_memory::GuestMemoryError> {
-        self.memory.write_slice(&self.id, self.address)
+    /// The memory does not reach that far, or that part of it cannot be had.
+    pub fn show(&self) -> io::Result<()> {
+        self.memory.bring_in(self.address, LENGTH as u64)?;
+        self.memory.write_slice(&self.id, self.address).map_err(io::Error::other)
     }
 }
 
@@ -83,7 +85,7 @@ impl Device for VmGenId {
         if !self.changed {
             return;
         }
-        let told = self.show().map_err(std::io::Error::other).and_then(|()| self.line.trigger());
+        let told = self.show().and_then(|()| self.line.trigger());
         match told {
             Ok(()) => self.changed = false,
             Err(error) => tracing::warn!("the guest does not hear of its new VM generation ID yet: {error}"),

@@ -182,7 +182,7 @@ impl Devices {
     /// [`DeviceError::GenerationId`].
     pub(super) fn show_generation_id(&self) -> Result<(), DeviceError> {
         let shown = self.generation_id.lock().unwrap_or_else(PoisonError::into_inner).show();
-        shown.map_err(|error| DeviceError::GenerationId(std::io::Error::other(error)))
+        shown.map_err(DeviceError::GenerationId)
     }
 
     /// What the DSDT says of them.

@@ -301,6 +301,23 @@ impl devices::virtio::DeviceMemory for GuestRam {
     fn guest_memory(&self) -> &GuestMemory {
         &self.memory
     }
+
+    fn is_whole(&self) -> bool {
+        self.host.is_fixed()
+    }
+
+    fn bring_in(&self, start: GuestAddress, length: u64) -> std::io::Result<()> {
+        let mut offset = 0;
+        for range in &self.ranges {
+            if let Some(at) = start.0.checked_sub(range.guest_address).filter(|at| *at < range.length) {
+                // What is beyond is no memory, or begins anew behind the hole: whoever accesses it is told so.
+                let here = length.min(range.length - at);
+                return self.host.bring_in(offset + at, here).map_err(std::io::Error::other);
+            }
+            offset += range.length;
+        }
+        Ok(())
+    }
 }
 
 fn region(pointer: *mut u8, guest: u64, length: u64) -> Result<GuestRegionMmap<AtomicBitmap>, MemoryError> {

@@ -1,5 +1,10 @@
 use super::*;
+use std::sync::{Arc, Mutex};
+
+use vm_memory::GuestAddress;
+
 use crate::virtio::driver::{BUFFERS, Driver, MEMORY};
+use crate::virtio::{DeviceMemory, GuestMemory};
 
 /// Counts up, so that a test sees what came from it.
 struct Counting(u8);
@@ -94,4 +99,46 @@ fn a_driver_that_waits_to_be_asked_is_asked_for_its_next_request() {
         driver.notify(0);
         assert_eq!(driver.awaited(0), (round, round));
     }
+}
+
+/// Memory of which the last page cannot be had, and the others have to be asked for.
+struct Partial {
+    memory: GuestMemory,
+    asked: Mutex<Vec<(u64, u64)>>,
+}
+
+impl DeviceMemory for Partial {
+    fn guest_memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    fn is_whole(&self) -> bool {
+        false
+    }
+
+    fn bring_in(&self, start: GuestAddress, length: u64) -> io::Result<()> {
+        self.asked.lock().unwrap().push((start.0, length));
+        if start.0 + length > MEMORY - 4096 { Err(io::ErrorKind::InvalidData.into()) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn rings_and_buffers_are_brought_in_before_they_are_used_and_what_cannot_be_had_is_not_touched() {
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
+    let partial = Arc::new(Partial { memory, asked: Mutex::default() });
+    let mut driver = Driver::over(Arc::clone(&partial) as _, Rng::new(Box::new(Counting(0))));
+    driver.set_up(0);
+    driver.offer(0, &[], &[(BUFFERS, 8)]);
+    driver.notify(0);
+    assert_eq!(driver.used(0), [(0, 8)]);
+    let asked = partial.asked.lock().unwrap().clone();
+    for wanted in
+        [(Driver::ring(0), 256), (Driver::ring(0) + 0x4000, 38), (Driver::ring(0) + 0x8000, 134), (BUFFERS, 8)]
+    {
+        assert!(asked.contains(&wanted), "{wanted:x?} of {asked:x?}");
+    }
+    driver.offer(0, &[], &[(MEMORY - 8, 8)]);
+    driver.notify(0);
+    assert!(driver.needs_reset() && driver.used(0).is_empty());
+    assert_eq!(driver.get(MEMORY - 8, 8), [0; 8]);
 }
