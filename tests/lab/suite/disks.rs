@@ -1,8 +1,9 @@
 //! Disks of stock Linux, and the plug pulled on the machine below it.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 use tests::lab::disk::{Cache, Disk};
 use tests::lab::guest;
@@ -151,19 +152,27 @@ while :; do
 done
 "#;
 
-/// Finds the highest number whose slot is whole, of those that `WRITE_AND_SYNC` wrote.
-const FIND_NEWEST: &str = r#"
-newest=0
-for slot in $(seq 0 127); do
-    dd if=/dev/vda of=/tmp/slot bs=8k skip=$slot count=1 2>/dev/null
-    number=$(head -c 8 /tmp/slot | tr -d '\0' | sed 's/^0*//')
-    [ -n "$number" ] || continue
-    sum=$(head -c 4096 /tmp/slot | sha256sum)
-    [ "$sum" = "$(dd if=/tmp/slot bs=4096 skip=1 2>/dev/null | head -n 1)" ] || continue
-    [ "$number" -gt $newest ] && newest=$number
-done
-echo "disks: newest $newest"
-"#;
+/// The highest number whose slot is whole in `image`.
+fn newest(image: &[u8]) -> Option<u64> {
+    let whole = |slot: &[u8]| {
+        let (data, sum) = slot.split_at(4096);
+        let number = std::str::from_utf8(&data[..8]).ok()?.parse().ok()?;
+        let printed = std::str::from_utf8(&sum[..64]).ok()?;
+        (printed == sha256(data)).then_some(number)
+    };
+    image.chunks_exact(8192).filter_map(whole).max()
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    let mut child = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("running sha256sum: {error}"));
+    child.stdin.take().expect("a pipe").write_all(bytes).expect("sha256sum reads it all");
+    let output = child.wait_with_output().expect("sha256sum ends");
+    String::from_utf8(output.stdout).expect("hexadecimal digits").chars().take(64).collect()
+}
 
 fn acknowledged_flushes_are_durable(seed: u64) {
     let directory = tempfile::tempdir().unwrap();
@@ -178,9 +187,13 @@ fn acknowledged_flushes_are_durable(seed: u64) {
     let mut l1 = L1::boot(&options);
     let refused = l1.run("PERDURE_POOL=/pool/pool perdure resume web --detach", SOON);
     assert_ne!(refused.status, 0, "{}", refused.text());
-    run(&mut l1, FIND_NEWEST, "");
-    wait_for(&mut l1, "", |output| last(output, "disks: newest").is_some());
-    let newest = last(&String::from_utf8_lossy(&l1.get(SERIAL)), "disks: newest").unwrap_or(0);
+    let inspected = l1.check("PERDURE_POOL=/pool/pool perdure inspect web --json", SOON);
+    let document: serde_json::Value = serde_json::from_str(&inspected).expect("JSON");
+    let regions = document["regions"].as_array().expect("regions");
+    let disk = regions.iter().find(|region| region["name"] == "web/data").expect("its disk");
+    let file = l1.get(disk["file"].as_str().expect("a path"));
+    let size = usize::try_from(disk["size"].as_u64().expect("a size")).expect("a small one");
+    let newest = newest(&file[file.len() - size..]).unwrap_or(0);
     assert!(newest >= acknowledged, "{acknowledged} was acknowledged, {newest} is the newest that is whole");
     eprintln!("acknowledged {acknowledged}, found {newest}, {cut:?}");
 }

@@ -30,7 +30,7 @@ pub(super) struct Args {
     /// What its regions lie on: file, dax or nvdimm [default: as the other's]
     #[arg(long, value_name = "MEDIUM")]
     medium: Option<MediumKind>,
-    /// Also if it has disks that it can write: those in the pool begin as zeros, others are the same for both
+    /// Also if it has a raw image that it can write: that is as it is now
     #[arg(long)]
     force: bool,
 }

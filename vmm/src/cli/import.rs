@@ -31,7 +31,7 @@ pub(super) struct Args {
     /// What its regions lie on: file, dax or nvdimm [default: as it was]
     #[arg(long, value_name = "MEDIUM")]
     medium: Option<MediumKind>,
-    /// Also if it had disks that it could write: those in the pool begin as zeros, others are taken from where they were
+    /// Also if it had a raw image that it could write: that is as it is now
     #[arg(long)]
     force: bool,
 }

@@ -33,7 +33,8 @@ pub(super) struct Args {
     /// Go back to this generation first, as in 17; what was, if it was frozen, is kept as a generation
     #[arg(long, value_name = "ID", conflicts_with = "all")]
     generation: Option<String>,
-    /// Also go back to a generation where disks do not: memory from then beside disks from now, which destroys file systems that are in use
+    /// Also go back to a generation where an image that the VM writes to does not: memory from then beside a disk from now, which destroys file
+    /// systems that are in use. (Disks of the pool go back.)
     #[arg(long)]
     force: bool,
     /// Where it goes back to a generation, run at once: memory comes from there as the guest asks for it, and the rest meanwhile

@@ -75,7 +75,7 @@ pub(super) struct Args {
     /// The guest finds them as /dev/vda, /dev/vdb, … (virtio-blk), in the order given. NAME:SIZE is the region VM/NAME of the pool: made
     /// with the VM, zeros at first, kept when its guest ends, removed with it. A raw image stays yours: it is locked while the VM runs.
     /// A flush of the guest (fsync) is durable on the disk's medium; a freeze makes everything durable that the guest has written. Generations
-    /// hold memory and not disks: `resume --generation` refuses a VM with a disk that it can write, unless forced.
+    /// hold memory and the disks of the pool; `resume --generation` refuses a VM with an image that it can write, unless forced.
     #[arg(long = "disk", value_name = "NAME:SIZE|PATH[,ro]")]
     disks: Vec<DiskConfig>,
     /// The serial port: stdio, none, or a file to append to [default: stdio; none with --detach]
