@@ -132,13 +132,56 @@ fn disks_survive_outages() {
     );
     let image = directory.path().join("fs.img");
     std::fs::write(&image, l1.get(IMAGE)).expect("the image fits");
-    let checked = Command::new("/sbin/e2fsck").args(["-f", "-n"]).arg(&image).output().expect("e2fsck runs");
-    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+    check_file_system(&image);
 }
 
 #[test]
 fn what_linux_wrote_to_its_disks_flushed_or_not_is_there_after_outages() {
     in_emulation(disks_survive_outages);
+}
+
+/// The file of the disk `name` of the pool, without its header.
+fn disk_of_pool(l1: &mut L1, name: &str) -> Vec<u8> {
+    let inspected = l1.check("PERDURE_POOL=/pool/pool perdure inspect web --json", SOON);
+    let document: serde_json::Value = serde_json::from_str(&inspected).expect("JSON");
+    let regions = document["regions"].as_array().expect("regions");
+    let disk = regions.iter().find(|region| region["name"] == format!("web/{name}")).expect("its disk");
+    let mut file = l1.get(disk["file"].as_str().expect("a path"));
+    let size = usize::try_from(disk["size"].as_u64().expect("a size")).expect("a small one");
+    file.split_off(file.len() - size)
+}
+
+/// Pulls the plug with no warning in the middle of the work: memory and disks go back to one moment, and the guest goes on from it.
+fn disks_go_back_with_memory() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path(), 13);
+    let mut l1 = L1::boot(&options);
+    let script = WORK_ON_DISKS.replace("ROUNDS", &ROUNDS.to_string());
+    run(&mut l1, &script, "--disk data:4M --disk fs:16M --snapshot-every 4s");
+    for rounds in [ROUNDS / 3, 2 * ROUNDS / 3] {
+        wait_for(&mut l1, "", |output| last(output, "disks: round").is_some_and(|round| round >= rounds));
+        let generations = l1.check("PERDURE_POOL=/pool/pool perdure generations web", SOON);
+        let cut = l1.power_cut();
+        eprintln!("cut after round {rounds}, {cut:?}\n{generations}");
+        l1 = L1::boot(&options);
+        let told = l1.check("PERDURE_POOL=/pool/pool PERDURE_LOG=info perdure resume web --detach", SOON);
+        assert!(told.contains("goes on from generation"), "{told}");
+    }
+    wait_for(&mut l1, "", |output| output.contains("disks: done"));
+    l1.wait_until("pidof perdure", SOON, |seen| seen.status != 0);
+    let image = directory.path().join("fs.img");
+    std::fs::write(&image, disk_of_pool(&mut l1, "fs")).expect("the image fits");
+    check_file_system(&image);
+}
+
+fn check_file_system(image: &Path) {
+    let checked = Command::new("/sbin/e2fsck").args(["-f", "-n"]).arg(image).output().expect("e2fsck runs");
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+}
+
+#[test]
+fn memory_and_disks_of_linux_go_back_to_one_moment_when_the_plug_is_pulled_without_a_warning() {
+    in_emulation(disks_go_back_with_memory);
 }
 
 /// Writes a slot of the disk and syncs it, for ever; the number is printed after that. A slot begins with its number, in text.
@@ -187,13 +230,7 @@ fn acknowledged_flushes_are_durable(seed: u64) {
     let mut l1 = L1::boot(&options);
     let refused = l1.run("PERDURE_POOL=/pool/pool perdure resume web --detach", SOON);
     assert_ne!(refused.status, 0, "{}", refused.text());
-    let inspected = l1.check("PERDURE_POOL=/pool/pool perdure inspect web --json", SOON);
-    let document: serde_json::Value = serde_json::from_str(&inspected).expect("JSON");
-    let regions = document["regions"].as_array().expect("regions");
-    let disk = regions.iter().find(|region| region["name"] == "web/data").expect("its disk");
-    let file = l1.get(disk["file"].as_str().expect("a path"));
-    let size = usize::try_from(disk["size"].as_u64().expect("a size")).expect("a small one");
-    let newest = newest(&file[file.len() - size..]).unwrap_or(0);
+    let newest = newest(&disk_of_pool(&mut l1, "data")).unwrap_or(0);
     assert!(newest >= acknowledged, "{acknowledged} was acknowledged, {newest} is the newest that is whole");
     eprintln!("acknowledged {acknowledged}, found {newest}, {cut:?}");
 }
