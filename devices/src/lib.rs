@@ -1,6 +1,6 @@
 //! The devices of a virtual machine, each of which can be frozen.
 //!
-//! A device is what a guest reaches through ports (or, later, MMIO). It is plain emulation: no KVM, no threads, no
+//! A device is what a guest reaches through ports, or through a page of addresses ([`virtio`]). It is plain emulation: no KVM, no threads, no
 //! unsafe code. What it needs from the machine it asks for through traits that it defines and the VMM implements:
 //! an interrupt line ([`InterruptLine`]), the machine's own switches ([`MachineControl`]), the wall clock
 //! ([`WallClock`]).

@@ -18,6 +18,7 @@ mod lazy;
 mod lazy_paged;
 mod lifecycle;
 mod machine_code;
+mod network;
 mod outages;
 mod ownership;
 mod pages;

@@ -199,3 +199,25 @@ fn a_mapping_of_another_region_is_refused() {
     let error = persist(&mapping, &large.backing(), Dirty::Unknown).unwrap_err();
     assert!(matches!(error, MediumError::ForeignMapping { mapping: 4096, region: 8192, .. }));
 }
+
+#[test]
+fn what_nobody_needs_is_not_saved_on_nvdimm_and_stays_on_other_media() {
+    for medium in [MediumKind::Nvdimm, MediumKind::File] {
+        let image = Image::new(16);
+        let mapping = image.map(medium);
+        put(&mapping, 0, &[1; 16 * 4096]);
+        persist(&mapping, &image.backing(), Dirty::Unknown).unwrap();
+        put(&mapping, 0, &[2; 16 * 4096]);
+        mapping.give_up(4 * 4096, 8 * 4096).unwrap();
+        let given = all(&mapping)[4 * 4096..12 * 4096].to_vec();
+        let expected = if medium == MediumKind::Nvdimm { 1 } else { 2 };
+        assert!(given.iter().all(|byte| *byte == expected), "{medium}");
+        assert!(all(&mapping)[12 * 4096..].iter().all(|byte| *byte == 2), "{medium}");
+        let saved = persist(&mapping, &image.backing(), Dirty::Unknown).unwrap();
+        assert_eq!(saved, (medium == MediumKind::Nvdimm).then_some(8), "{medium}");
+    }
+    let mapping = Image::new(16).map(MediumKind::Nvdimm);
+    for (offset, length) in [(1, 4096), (0, 17 * 4096), (16 * 4096, 4096), (u64::MAX, 4096)] {
+        assert!(mapping.give_up(offset, length).is_err(), "{length} bytes at {offset}");
+    }
+}

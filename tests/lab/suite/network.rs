@@ -116,7 +116,11 @@ fn a_guest_that_says_nothing_is_found_behind_the_tap_that_it_was_moved_to() {
         let refused = l1.run(&format!("{PERDURE} resume web --detach --net tap=vm0"), SOON);
         let other = l1.check("pidof perdure", SOON);
         assert_ne!(refused.status, 0);
-        assert!(refused.text().contains(&format!("process {} (perdure) has it", other.trim())), "{}", refused.text());
+        assert!(
+            refused.text().contains(&format!("process {} (perdure run other) has it", other.trim())),
+            "{}",
+            refused.text()
+        );
         l1.check(&format!("{PERDURE} resume web --detach"), SOON);
         l1.check("ping -c 3 10.0.0.2", SOON);
     });

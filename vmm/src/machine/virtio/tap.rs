@@ -177,9 +177,14 @@ fn holder(name: &str) -> String {
     number.map_or_else(|| "another process".to_owned(), |number| format!("process {number} ({})", command(number)))
 }
 
+/// A process as `ps` would show it, in short: its program and two arguments, as in `perdure run web`.
 fn command(process: u32) -> String {
-    std::fs::read_to_string(format!("/proc/{process}/comm"))
-        .map_or_else(|_| "?".to_owned(), |name| name.trim().to_owned())
+    let program = std::fs::read_link(format!("/proc/{process}/exe")).unwrap_or_default();
+    let mut words = vec![program.file_name().unwrap_or_default().to_string_lossy().into_owned()];
+    let arguments = std::fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+    let arguments = arguments.split(|byte| *byte == 0).filter(|argument| !argument.is_empty()).skip(1).take(2);
+    words.extend(arguments.map(|argument| String::from_utf8_lossy(argument).into_owned()));
+    words.join(" ")
 }
 
 /// The pieces of one call, and what keeps their addresses good.

@@ -4,6 +4,7 @@ use acpi_tables::aml;
 use vm_memory::GuestMemoryMmap;
 
 use super::super::acpi::{POWER_OFF_VALUE, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
+use super::super::events::{GENERATION_GSI, POWER_BUTTON_GSI};
 use super::super::{BootSpec, load};
 use super::fixtures::*;
 
@@ -141,7 +142,13 @@ fn com1_and_rtc_have_their_ports_and_interrupts() {
 fn a_machine_without_a_serial_port_or_rtc_interrupt_names_none() {
     let dsdt = tables(|spec| (spec.serial_irq, spec.rtc_irq) = (None, None)).dsdt;
     assert!(!contains(&dsdt, b"COM1") && contains(&dsdt, b"RTC_"));
-    assert!(!contains(&dsdt, &[0x89, 6, 0]));
+    assert_eq!(interrupts(&dsdt), [POWER_BUTTON_GSI, GENERATION_GSI], "those of the event device alone");
+}
+
+/// The numbers of the extended interrupt descriptors (ACPI 6.5, section 6.4.3.6), each with one interrupt.
+fn interrupts(dsdt: &[u8]) -> Vec<u32> {
+    let descriptors = dsdt.windows(9).filter(|bytes| bytes[..3] == [0x89, 6, 0] && bytes[4] == 1);
+    descriptors.map(|bytes| u32::from_le_bytes([bytes[5], bytes[6], bytes[7], bytes[8]])).collect()
 }
 
 #[test]
