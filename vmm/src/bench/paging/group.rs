@@ -83,7 +83,13 @@ impl MemoryGroup {
     pub(super) fn limit(&self, bytes: u64) -> Result<(), PagingError> {
         let file = self.limit_file();
         let refused = |error| Absent::new(format!("{} does not take {bytes}: {error}", file.display()));
-        Ok(fs::write(&file, bytes.next_multiple_of(PAGE).to_string()).map_err(refused)?)
+        fs::write(&file, bytes.next_multiple_of(PAGE).to_string()).map_err(refused)?;
+        if self.version == Version::One {
+            // With all pages active and their writes under way, version 1 at times kills a process though swap has room (seen with 52 of
+            // 256 MB in use). This lets it wait for the writes instead. If it cannot be had, it may be killed, which is then told.
+            let _ = fs::write(self.directory.join("memory.oom_control"), "1");
+        }
+        Ok(())
     }
 
     /// Bytes that its processes have in memory.
