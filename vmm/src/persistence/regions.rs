@@ -3,13 +3,14 @@
 //! `NAME/ram` is guest memory, `NAME/context` what is volatile, `NAME/DISK` a disk. Whoever holds a [`VmRegions`] holds the VM: the leases
 //! die with the process, and a second process is told who has them.
 
+mod error;
+
 use std::sync::Arc;
 
-use allocator::paging::{Pager, PagingError, PagingEvents};
-use allocator::{
-    Dirty, Kind, LeaseError, Mapping, MediumKind, NameError, Pool, PoolError, Region, RegionError, RegionName,
-    RegionSpec,
-};
+use allocator::paging::{Pager, PagingEvents};
+use allocator::{Dirty, Kind, LeaseError, Mapping, MediumKind, Pool, Region, RegionError, RegionName, RegionSpec};
+
+pub use error::RegionsError;
 
 use super::context::{self, ContextError, ContextV1, Encoded, Slots, Standing};
 use super::disks::{self, DiskError, Disks};
@@ -17,109 +18,10 @@ use super::paging::{self, Memory, PagedMemory as Paged, Persisted};
 use super::restoring::{Destination, PagedMemory, Paging, Restoring, RestoringError, RestoringV1};
 use crate::machine::config::VmConfig;
 use crate::machine::kvm::Host;
-use crate::machine::memory::{GuestRam, HostMemory, MemoryError};
+use crate::machine::memory::{GuestRam, HostMemory};
 use crate::machine::virtio::Links;
 use crate::machine::virtio::disk::Moment;
 use crate::machine::{Machine, MachineError, Wiring};
-
-/// What can go wrong with a VM's regions.
-#[derive(Debug, thiserror::Error)]
-pub enum RegionsError {
-    /// The name.
-    #[error("'{name}' cannot be the name of a VM")]
-    Name {
-        /// Which.
-        name: String,
-        /// Why.
-        #[source]
-        source: NameError,
-    },
-    /// A name with several components.
-    #[error("'{0}' cannot be the name of a VM: it must be a single component, without '/'")]
-    Nested(String),
-    /// There is no such VM.
-    #[error("there is no VM {0} in this pool; `perdure list` names those that are")]
-    NoSuchVm(String),
-    /// There is one already.
-    #[error("VM {name} exists already and is {standing}: {advice}")]
-    Exists {
-        /// Which.
-        name: String,
-        /// What it is.
-        standing: &'static str,
-        /// What to do.
-        advice: String,
-    },
-    /// Another process has it.
-    #[error("VM {name} is in use by {holder}")]
-    InUse {
-        /// Which.
-        name: String,
-        /// The process, in words.
-        holder: String,
-        /// The process, where it is known.
-        pid: Option<u32>,
-    },
-    /// The pool.
-    #[error(transparent)]
-    Pool(#[from] PoolError),
-    /// A lease.
-    #[error(transparent)]
-    Lease(LeaseError),
-    /// A region.
-    #[error(transparent)]
-    Region(#[from] RegionError),
-    /// The context.
-    #[error(transparent)]
-    Context(#[from] ContextError),
-    /// Guest memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// Memory that is paged.
-    #[error(transparent)]
-    Paging(#[from] PagingError),
-    /// The machine.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// A disk.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-    /// A disk of the pool that the VM was not given when it was made.
-    #[error("the VM has no disk {0} in this pool: what it has there cannot change; `perdure remove` the VM first")]
-    NoDisk(String),
-    /// The thread that clears the stamp ended without a word.
-    #[error("clearing the stamp of VM {0} was interrupted")]
-    Interrupted(String),
-    /// Whoever made it was interrupted.
-    #[error(
-        "VM {0} was never finished being made: `perdure run {0}` makes it anew, `perdure remove {0}` takes away what there is"
-    )]
-    Unfinished(String),
-    /// The context is of another VM than the region.
-    #[error(
-        "the context of VM {name} says that it has {} bytes of RAM, its RAM region has {region}: nothing was altered", .config
-    )]
-    Mismatch {
-        /// Which.
-        name: String,
-        /// As the context says, in bytes.
-        config: u64,
-        /// As it is, in bytes.
-        region: u64,
-    },
-    /// No slot holds a context.
-    #[error("the context of VM {name} cannot be read ({}): nothing was altered; `perdure inspect {name}` tells more", in_words(.damage))]
-    NoContext {
-        /// Which.
-        name: String,
-        /// What is wrong with the slots.
-        damage: Vec<String>,
-    },
-}
-
-fn in_words(found: &[String]) -> String {
-    if found.is_empty() { "none was ever written".to_owned() } else { found.join("; ") }
-}
 
 /// The regions of a VM.
 pub struct VmRegions {

@@ -19,6 +19,7 @@ mod memory_news;
 mod outage;
 pub mod power;
 mod ram_budget;
+mod status;
 pub mod terminal;
 mod wake;
 
@@ -35,7 +36,7 @@ use devices::MachineRequest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use console::{Console, ConsoleError};
-use control::{ControlError, ControlServer, Pending, Request, Response, Status, socket_path};
+use control::{ControlError, ControlServer, Pending, Request, Response, socket_path};
 use generations::{Generations, Order, Teller};
 use memory_news::MemoryNews;
 use power::PowerSignals;
@@ -45,15 +46,13 @@ use wake::Wake;
 
 use crate::machine::config::{ByteSize, SerialTarget};
 use crate::machine::kvm::{Host, KvmError, VcpuFailure};
-use crate::machine::virtio::balloon::BalloonControl;
 use crate::machine::{Machine, MachineError, MachineEvent, Wiring};
 use crate::persistence::capture::CaptureError;
 use crate::persistence::context::ConsoleStateV1;
 use crate::persistence::freeze::{DEVICES_REST, FreezeError, FreezeReport, Output, Surroundings, Vcpus};
 use crate::persistence::lifecycle::{Event, State};
-use crate::persistence::paging::PagedStatus;
 use crate::persistence::regions::{RegionsError, VmRegions};
-use crate::persistence::restoring::{self, Paging, RestoringStatus};
+use crate::persistence::restoring::{self, Paging};
 use crate::persistence::resume::{self, ResumeError};
 
 /// While input waits for the guest to take it, how often it is offered.
@@ -500,26 +499,6 @@ impl Supervisor {
         }
         self.paused = paused;
         Ok(Response::Done)
-    }
-
-    fn status(&self) -> Status {
-        Status {
-            state: self.state,
-            pid: std::process::id(),
-            config: self.machine.config().clone(),
-            up_seconds: self.started.elapsed().as_secs(),
-            report: self.machine.devices().report().latest(),
-            paused: self.paused,
-            restoring: self.restoring_status(),
-            paged: self.regions.pager().map(|pager| PagedStatus::new(pager.status(), self.swap_full)),
-            balloon: self.machine.balloon().map(BalloonControl::status),
-            generations: self.generations.status(),
-        }
-    }
-
-    fn restoring_status(&self) -> Option<RestoringStatus> {
-        let status = self.regions.restore_under_way()?.status();
-        (status.present < status.clusters).then_some(status)
     }
 
     /// Waits for news.

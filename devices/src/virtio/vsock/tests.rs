@@ -1,12 +1,11 @@
-use std::collections::{BTreeMap, VecDeque};
-use std::io;
-use std::sync::{Arc, Mutex};
+mod host;
 
 use super::packet::{ENDS_RECEIVING, ENDS_SENDING, Operation, STREAM};
 use super::*;
 use crate::device::Freezable;
 use crate::state::DeviceState;
 use crate::virtio::driver::{BUFFERS, Driver, MEMORY, SIZE as ENTRIES};
+use host::{Stream, TestHost};
 use proptest::prelude::*;
 
 const RECEIVE: usize = 0;
@@ -20,106 +19,6 @@ const OUTSIDE: u32 = 52;
 const ROOM: u32 = 4096 + HEADER as u32;
 const RECEIVE_BUFFERS: u64 = BUFFERS;
 const SENT: u64 = BUFFERS + (1 << 20);
-
-/// One stream as a program of the host sees it.
-#[derive(Default)]
-struct Stream {
-    /// What the program sent and the device has not read.
-    coming: VecDeque<u8>,
-    ended: bool,
-    /// What the device wrote.
-    got: Vec<u8>,
-    /// How much more the program takes.
-    room: usize,
-    broken: bool,
-    finished: bool,
-    closed: bool,
-}
-
-#[derive(Default)]
-struct Outside {
-    streams: BTreeMap<u64, Stream>,
-    next: u64,
-    arrivals: VecDeque<StreamId>,
-    changes: VecDeque<Change>,
-    /// Ports at which somebody listens.
-    listening: Vec<u32>,
-    connected: Vec<u32>,
-}
-
-impl Outside {
-    fn open(&mut self) -> StreamId {
-        let id = StreamId(self.next);
-        self.next += 1;
-        self.streams.insert(id.0, Stream { room: usize::MAX, ..Stream::default() });
-        id
-    }
-
-    fn stream(&mut self, id: StreamId) -> io::Result<&mut Stream> {
-        let stream = self.streams.get_mut(&id.0).expect("a stream that there is");
-        assert!(!stream.closed, "a closed stream is let alone");
-        if stream.broken { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(stream) }
-    }
-}
-
-#[derive(Clone, Default)]
-struct TestHost(Arc<Mutex<Outside>>);
-
-impl VsockHost for TestHost {
-    fn changes(&mut self, changes: &mut Vec<Change>) -> io::Result<bool> {
-        let mut outside = self.0.lock().unwrap();
-        changes.extend(outside.changes.pop_front());
-        Ok(!outside.changes.is_empty())
-    }
-
-    fn accept(&mut self) -> io::Result<StreamId> {
-        self.0.lock().unwrap().arrivals.pop_front().ok_or_else(|| io::ErrorKind::WouldBlock.into())
-    }
-
-    fn connect(&mut self, port: u32) -> io::Result<StreamId> {
-        let mut outside = self.0.lock().unwrap();
-        if !outside.listening.contains(&port) {
-            return Err(io::ErrorKind::NotFound.into());
-        }
-        outside.connected.push(port);
-        Ok(outside.open())
-    }
-
-    fn read(&mut self, stream: StreamId, bytes: &mut [u8]) -> io::Result<usize> {
-        let mut outside = self.0.lock().unwrap();
-        let stream = outside.stream(stream)?;
-        if stream.coming.is_empty() && !stream.ended {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        let count = bytes.len().min(stream.coming.len());
-        assert!(count > 0 || stream.ended, "a read of nothing");
-        for (to, from) in bytes.iter_mut().zip(stream.coming.drain(..count)) {
-            *to = from;
-        }
-        Ok(count)
-    }
-
-    fn write(&mut self, stream: StreamId, bytes: &[u8]) -> io::Result<usize> {
-        let mut outside = self.0.lock().unwrap();
-        let stream = outside.stream(stream)?;
-        let count = bytes.len().min(stream.room);
-        if count == 0 {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        stream.room -= count;
-        stream.got.extend(&bytes[..count]);
-        Ok(count)
-    }
-
-    fn finish(&mut self, stream: StreamId) {
-        self.0.lock().unwrap().streams.get_mut(&stream.0).unwrap().finished = true;
-    }
-
-    fn close(&mut self, stream: StreamId) {
-        let closed = std::mem::replace(&mut self.0.lock().unwrap().streams.get_mut(&stream.0).unwrap().closed, true);
-        assert!(!closed, "it is closed once");
-    }
-}
 
 struct Lab {
     driver: Driver,
