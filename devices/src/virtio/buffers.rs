@@ -14,11 +14,13 @@ pub type Piece<'a> = VolatileSlice<'a, MS<'a, GuestMemory>>;
 /// The most pieces that the host takes in one call (Linux's `UIO_MAXIOV`).
 pub const PIECES_MAX: usize = 1024;
 
-/// A descriptor's buffer. Untrusted: it may lie anywhere.
+/// A descriptor's buffer, or a part of it. Untrusted until it was checked: it may lie anywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Segment {
-    pub(super) address: GuestAddress,
-    pub(super) length: u32,
+pub struct Segment {
+    /// Where it begins.
+    pub address: GuestAddress,
+    /// Its bytes.
+    pub length: u32,
 }
 
 /// The buffers of `chain` that the device reads; those of no length left out.

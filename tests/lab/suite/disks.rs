@@ -10,6 +10,7 @@ use tests::lab::guest;
 use tests::lab::machine::{L1, Options, in_emulation};
 
 use crate::outages::assert_frozen;
+use crate::paging::paged;
 
 const SOON: Duration = Duration::from_secs(60);
 /// For the guest's Linux to boot and to do some rounds, in KVM in TCG.
@@ -25,19 +26,6 @@ fn options(directory: &Path, seed: u64) -> Options {
     Options { disk: Some(disk), files, ..Options::default() }
 }
 
-fn base64(text: &str) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut encoded = String::new();
-    for three in text.as_bytes().chunks(3) {
-        let bits = three.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
-        for digit in 0..4 {
-            let index = (bits >> (18 - 6 * digit)) & 63;
-            encoded.push(if digit <= three.len() { char::from(DIGITS[index as usize]) } else { '=' });
-        }
-    }
-    encoded
-}
-
 /// `run web` of a stock Linux that runs `script`.
 fn run(l1: &mut L1, script: &str, disks: &str) {
     // The kernel takes 2 KiB of command line.
@@ -46,10 +34,10 @@ fn run(l1: &mut L1, script: &str, disks: &str) {
     write!(
         command,
         " --kernel {} --initrd {} --memory 256M --medium file --serial {SERIAL} {disks} \
-         --cmdline 'console=ttyS0 quiet perdure.script={}'",
+         --cmdline 'console=ttyS0 quiet {}'",
         guest::KERNEL,
         guest::INITRD,
-        base64(&script.join("\n"))
+        guest::script(&script.join("\n"))
     )
     .expect("a string takes everything");
     l1.check(&command, SOON);
@@ -61,6 +49,8 @@ fn last(output: &str, word: &str) -> Option<u64> {
     whole.lines().rev().find_map(|line| line.trim_end().strip_prefix(word)?.trim().parse().ok())
 }
 
+/// Less than stock Linux and its initial file system take of its memory: what its disks read and write is paged meanwhile.
+const RAM: &str = "80M";
 /// Rounds until the guest is done.
 const ROUNDS: u64 = 20;
 
@@ -117,11 +107,13 @@ fn disks_survive_outages() {
     let mut l1 = L1::boot(&options);
     l1.check(&format!("truncate -s 16M {IMAGE}"), SOON);
     let script = WORK_ON_DISKS.replace("ROUNDS", &ROUNDS.to_string());
-    run(&mut l1, &script, &format!("--disk data:4M --disk {IMAGE}"));
+    run(&mut l1, &script, &format!("--ram {RAM} --disk data:4M --disk {IMAGE}"));
     let mut printed = String::new();
     for (outage_number, worker) in [(1, "threads"), (2, "io_uring"), (3, "threads")] {
         let rounds = ROUNDS * outage_number / 4;
         wait_for(&mut l1, &printed, |output| last(output, "disks: round").is_some_and(|round| round >= rounds));
+        let list = l1.check("PERDURE_POOL=/pool/pool perdure list --json", SOON);
+        assert!(paged(&list).is_some_and(|paged| paged.swapped > 0), "its memory is swapped: {list}");
         l1 = outage(l1, &options, worker, &mut printed);
     }
     wait_for(&mut l1, &printed, |output| output.contains("disks: done"));

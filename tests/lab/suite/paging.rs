@@ -19,9 +19,9 @@ const SERIAL: &str = "/tmp/serial";
 
 /// What the pager counted. Its process counts from 0 when it begins.
 #[derive(Debug, Clone, Copy)]
-struct Paged {
+pub(crate) struct Paged {
     hard_faults: u64,
-    swapped: u64,
+    pub(crate) swapped: u64,
     resident: u64,
 }
 
@@ -98,7 +98,7 @@ impl Vm {
 }
 
 /// What `list --json` says of `web`; `None` if it does not run, or has all of its memory in RAM.
-fn paged(list: &str) -> Option<Paged> {
+pub(crate) fn paged(list: &str) -> Option<Paged> {
     let document: serde_json::Value = serde_json::from_str(list).ok()?;
     let paged = find(&document, "web")?.get("status")?.get("paged")?;
     let number = |key| paged.get(key)?.as_u64();

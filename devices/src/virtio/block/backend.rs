@@ -4,29 +4,19 @@ use std::io;
 use std::ops::Range;
 use std::time::Instant;
 
-use vm_memory::GuestAddress;
-
+use crate::virtio::buffers::Segment;
 use crate::virtio::memory::Memory;
 
 /// Names a request between its submission and its completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Token(pub u32);
 
-/// A piece of guest memory that a request reads or writes: all of it is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// Where it begins.
-    pub address: GuestAddress,
-    /// Its bytes; not zero.
-    pub length: u32,
-}
-
 /// The guest memory that a request is about, in its order. At most [`SEGMENTS_MAX`](super::SEGMENTS_MAX) pieces.
 #[derive(Clone, Copy)]
 pub struct Buffers<'a> {
     /// What the segments lie in. Whoever goes on using them keeps a clone.
     pub memory: &'a Memory,
-    /// The pieces.
+    /// The pieces: none is empty, and all of each is there.
     pub segments: &'a [Segment],
 }
 

@@ -2,8 +2,9 @@
 
 use vm_memory::GuestAddress;
 
-use super::backend::{Segment, Token};
+use super::backend::Token;
 use super::state::FlushV1;
+use crate::virtio::buffers::Segment;
 
 /// What the completion of a request has to see to.
 #[derive(Debug)]

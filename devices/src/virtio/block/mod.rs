@@ -31,7 +31,8 @@ use std::time::Instant;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-pub use backend::{BlockBackend, Buffers, Completion, Operation, Segment, Token};
+pub use super::buffers::Segment;
+pub use backend::{BlockBackend, Buffers, Completion, Operation, Token};
 use config::feature;
 use in_flight::{Flight, InFlight, Kind};
 use request::{Limits, Request, Status, Work};

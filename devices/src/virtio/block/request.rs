@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::backend::Segment;
 use super::config::RANGE_MAX;
 use super::{ID_LENGTH, SECTOR, SEGMENT_MAX, SEGMENTS_MAX};
+use crate::virtio::buffers::Segment;
 use crate::virtio::memory::Memory;
 use crate::virtio::ring::Chain;
 
