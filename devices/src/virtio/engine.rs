@@ -11,7 +11,8 @@ use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 
-use super::device::{Fault, VirtioDevice};
+use super::device::VirtioDevice;
+use super::fault::Fault;
 use super::interrupt::{Interrupt, STATUS_BITS};
 use super::memory::Memory;
 use super::queue_state::QueueStateV1;

@@ -9,8 +9,9 @@ mod tests;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::device::{Fault, VirtioDevice};
+use super::device::VirtioDevice;
 use super::engine::{Engine, Part};
+use super::fault::Fault;
 use super::interrupt::Interrupt;
 use super::memory::Memory;
 use crate::device::{BusDevice, Device, Freezable};

@@ -34,6 +34,7 @@ mod device;
 #[cfg(test)]
 mod driver;
 mod engine;
+mod fault;
 mod interrupt;
 mod memory;
 pub mod mmio;
@@ -46,8 +47,9 @@ pub mod vsock;
 
 pub use balloon::{Balloon, BalloonSize, Reclaim};
 pub use buffers::{PIECES_MAX, Piece};
-pub use device::{Fault, VirtioDevice, VirtioKind};
+pub use device::{VirtioDevice, VirtioKind};
 pub use engine::Engine;
+pub use fault::Fault;
 pub use interrupt::Interrupt;
 pub use memory::{DeviceMemory, GuestMemory, Memory};
 pub use mmio::VirtioMmio;

@@ -9,7 +9,7 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::device::Fault;
+use super::fault::Fault;
 use super::interrupt::Interrupt;
 use super::memory::Memory;
 

@@ -22,7 +22,8 @@ pub use size::{BalloonSize, PAGE};
 pub use state::BalloonStateV1;
 
 use super::buffers::{self, Segment};
-use super::device::{Fault, VirtioDevice, VirtioKind, read_bytes};
+use super::device::{VirtioDevice, VirtioKind, read_bytes};
+use super::fault::Fault;
 use super::memory::GuestMemory;
 use super::ring::{Chain, Ring};
 use super::state::VirtioState;

@@ -38,7 +38,8 @@ use in_flight::{Flight, InFlight, Kind};
 use request::{Limits, Request, Status, Work};
 use state::{BlockStateV1, FlushV1};
 
-use super::device::{Fault, VirtioDevice, VirtioKind, read_bytes};
+use super::device::{VirtioDevice, VirtioKind, read_bytes};
+use super::fault::Fault;
 use super::memory::Memory;
 use super::ring::{Chain, Ring};
 use super::state::VirtioState;

@@ -1,7 +1,7 @@
 //! What the driver tells the card by its control queue (virtio 1.2, section 5.1.6.5).
 
 use crate::virtio::buffers;
-use crate::virtio::device::Fault;
+use crate::virtio::fault::Fault;
 use crate::virtio::ring::{Chain, Ring};
 
 /// Class and command of `VIRTIO_NET_CTRL_ANNOUNCE_ACK`.

@@ -34,7 +34,8 @@ pub use mac::{Mac, MacError};
 pub use state::NetStateV1;
 pub use tap::{Offloads, Tap};
 
-use super::device::{Fault, VirtioDevice, VirtioKind, read_bytes};
+use super::device::{VirtioDevice, VirtioKind, read_bytes};
+use super::fault::Fault;
 use super::ring::Ring;
 use super::state::VirtioState;
 use crate::state::StateError;

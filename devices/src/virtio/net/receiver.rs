@@ -5,7 +5,7 @@ use std::io;
 use super::link::Link;
 use super::{FRAME_MAX, HEADER};
 use crate::virtio::buffers::{self, PIECES_MAX, Posted};
-use crate::virtio::device::Fault;
+use crate::virtio::fault::Fault;
 use crate::virtio::ring::Ring;
 
 /// Where `num_buffers` lies in a frame's header.

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use super::link::Link;
 use super::{FRAME_MAX, HEADER};
 use crate::virtio::buffers;
-use crate::virtio::device::Fault;
+use crate::virtio::fault::Fault;
 use crate::virtio::ring::{Chain, Ring};
 
 /// The shortest frame: an Ethernet header.

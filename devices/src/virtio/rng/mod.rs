@@ -9,7 +9,8 @@ use std::io;
 
 use virtio_queue::Writer;
 
-use super::device::{Fault, VirtioDevice, VirtioKind};
+use super::device::{VirtioDevice, VirtioKind};
+use super::fault::Fault;
 use super::ring::{Chain, Ring};
 use super::state::VirtioState;
 use crate::state::StateError;

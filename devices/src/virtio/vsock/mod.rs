@@ -30,7 +30,8 @@ pub use host::{Change, StreamId, VsockHost};
 pub use state::VsockStateV1;
 
 use super::buffers::{self, Piece};
-use super::device::{Fault, VirtioDevice, VirtioKind, read_bytes};
+use super::device::{VirtioDevice, VirtioKind, read_bytes};
+use super::fault::Fault;
 use super::ring::{Chain, Ring};
 use super::state::VirtioState;
 use crate::state::StateError;
