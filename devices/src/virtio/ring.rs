@@ -111,8 +111,7 @@ impl Ring {
     /// # Errors
     /// [`Fault`]: the ring makes no sense.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), Fault> {
-        let memory = self.memory.clone();
-        self.queue.add_used(&*memory, head, written).map_err(Fault::ring)?;
+        self.queue.add_used(&*self.memory, head, written).map_err(Fault::ring)?;
         self.news = self.news.wrapping_add(1);
         Ok(())
     }
@@ -123,7 +122,7 @@ impl Ring {
     /// [`Fault`]: the ring makes no sense.
     pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), Fault> {
         let Some(((last, written), others)) = used.split_last() else { return Ok(()) };
-        let (first, memory) = (Wrapping(self.queue.next_used()), self.memory.clone());
+        let first = Wrapping(self.queue.next_used());
         let mut next = first;
         for (head, length) in others {
             if *head >= self.queue.size() {
@@ -133,13 +132,13 @@ impl Ring {
             let at = self.queue.used_ring().checked_add(4 + 8 * u64::from(next.0 % self.queue.size()));
             let at = at.ok_or_else(|| Fault::ring(virtio_queue::Error::AddressOverflow))?;
             let entry = u64::from(*head) | u64::from(*length) << 32;
-            let written = memory.write_obj(entry.to_le(), GuestAddress(at));
+            let written = self.memory.write_obj(entry.to_le(), GuestAddress(at));
             written.map_err(|error| Fault::ring(virtio_queue::Error::GuestMemory(error)))?;
             next += 1;
         }
         // This one publishes the index behind it, and thereby those before.
         self.queue.set_next_used(next.0);
-        self.queue.add_used(&*memory, *last, *written).map_err(Fault::ring)?;
+        self.queue.add_used(&*self.memory, *last, *written).map_err(Fault::ring)?;
         self.news = self.news.wrapping_add((next - first).0).wrapping_add(1);
         Ok(())
     }
@@ -194,8 +193,7 @@ impl Ring {
     /// # Errors
     /// [`Fault`]: the ring makes no sense.
     pub fn listen(&mut self) -> Result<bool, Fault> {
-        let memory = self.memory.clone();
-        if self.queue.ready() { self.queue.enable_notification(&*memory).map_err(Fault::ring) } else { Ok(false) }
+        if self.queue.ready() { self.queue.enable_notification(&*self.memory).map_err(Fault::ring) } else { Ok(false) }
     }
 
     /// The memory that the ring and its buffers lie in.
