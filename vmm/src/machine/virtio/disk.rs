@@ -103,16 +103,10 @@ fn backend(image: &Arc<Image>) -> io::Result<(Box<dyn BlockBackend>, OwnedFd)> {
 
 fn open(worker: Worker, image: &Arc<Image>) -> io::Result<(Box<dyn BlockBackend>, OwnedFd)> {
     let done = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-    let source = duplicate(&done)?;
+    let source = super::thread::borrow(&done).try_clone_to_owned()?;
     let backend: Box<dyn BlockBackend> = match worker {
         Worker::IoUring => Box::new(Uring::new(Arc::clone(image), done)?),
         Worker::Threads => Box::new(Threads::start(Arc::clone(image), done)?),
     };
     Ok((backend, source))
-}
-
-fn duplicate(event: &EventFd) -> io::Result<OwnedFd> {
-    use std::os::fd::{AsRawFd, BorrowedFd};
-    // SAFETY: the descriptor belongs to `event`, which lives for as long as what borrows it here.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }.try_clone_to_owned()
 }

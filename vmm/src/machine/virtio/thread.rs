@@ -1,7 +1,7 @@
 //! A device's thread: waits for the guest's notifications and the host's readiness, and tells the device.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -58,8 +58,8 @@ impl Drop for DeviceThread {
     }
 }
 
-fn borrow(event: &EventFd) -> std::os::fd::BorrowedFd<'_> {
-    use std::os::fd::{AsRawFd, BorrowedFd};
+/// The descriptor of an event, as long as that lives.
+pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor belongs to `event`, which lives for as long as what is returned here.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
