@@ -36,13 +36,13 @@ fn boot(disk: &Disk, script: &str) -> L1 {
         "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6\n\
          ip addr add 10.0.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.0.0.1 && echo the network is up\n{script}"
     );
-    l1.put(&tests::lab::cpio::File::data("/tmp/script", script.into_bytes()));
     l1.check(
         &format!(
             "{PERDURE} run web --kernel {} --initrd {} --memory 256M --net tap=vm0,mac={MAC} --serial /tmp/serial --detach \
-             --cmdline \"console=ttyS0 quiet perdure.script=$(base64 /tmp/script | tr -d '\\n')\"",
+             --cmdline 'console=ttyS0 quiet {}'",
             guest::KERNEL,
-            guest::INITRD
+            guest::INITRD,
+            guest::script(&script)
         ),
         SOON,
     );
