@@ -404,8 +404,10 @@ mod tests {
             while !writer.is_finished() {
                 memory.withdraw(0, clusters).unwrap();
             }
-            writer.join().unwrap();
+            let wrote = writer.join();
+            // Before the writer's failure is the test's: the server would be waited for without end.
             ended.store(true, Ordering::SeqCst);
+            wrote.unwrap();
         });
         assert!(served.load(Ordering::SeqCst) > 2 * u64::from(clusters), "nothing was ever withdrawn");
     }

@@ -307,8 +307,8 @@ impl Shared {
     }
 
     /// What is to be told of a swap region that is full, or has room again.
-    fn news(&self, state: &mut State, full: bool, room: bool) -> Option<PagingEvent> {
-        if room {
+    fn news(&self, state: &mut State, full: bool, left: bool) -> Option<PagingEvent> {
+        if left {
             state.unwritable = false;
         }
         // Full is only worth a word when somebody waits.
@@ -316,7 +316,9 @@ impl Shared {
             state.full = true;
             return Some(PagingEvent::SwapFull);
         }
-        if room && std::mem::take(&mut state.full) {
+        // A cluster that left without a slot, since it is zeros that the guest had no time to write to, makes no room: full would be told again
+        // with the next fault.
+        if left && state.frames.has_room_for(self.reserve(state)) && std::mem::take(&mut state.full) {
             return Some(PagingEvent::SwapRoom);
         }
         None
@@ -338,6 +340,11 @@ impl Shared {
         }
         self.changed.tell();
         self.ring();
+        // Nothing leaves by itself while frames are free, so that this is the time to tell.
+        let news = self.news(&mut self.state(), false, true);
+        if let Some(event) = news {
+            (self.events)(event);
+        }
         Ok(())
     }
 

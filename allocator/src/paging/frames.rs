@@ -63,6 +63,11 @@ impl Frames {
         self.limit.saturating_sub(self.spared).saturating_sub(self.in_use)
     }
 
+    /// Whether so many more may be taken without those that are spared, hurry or not.
+    pub(super) fn has_room_for(&self, frames: u32) -> bool {
+        self.limit.saturating_sub(self.spare).saturating_sub(self.in_use) >= frames
+    }
+
     /// How many may be in use.
     pub(super) fn limit(&self) -> u32 {
         self.limit

@@ -152,9 +152,8 @@ fn several_cpus_copies_freezes_and_the_fetching_meet_and_nothing_is_lost() {
                 pager.go_on();
             }
         });
-        let models = walkers.into_iter().map(|walker| walker.join().unwrap()).collect();
-        done.store(true, Ordering::SeqCst);
-        models
+        let _done = SetAtEnd(&done);
+        walkers.into_iter().map(|walker| walker.join().unwrap()).collect()
     });
     completes(&home);
     let model: Vec<u64> = (0..PAGES).map(|page| models[(page % 3) as usize][page as usize]).collect();
