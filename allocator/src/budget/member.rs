@@ -24,8 +24,10 @@ use crate::size::Size;
 const PERIOD: u64 = 1000;
 /// Milliseconds for which nobody is granted more after a table was lost: in that time every VM has reported its grant again.
 const UNSETTLED: u64 = 3 * PERIOD;
-/// How long the lock is waited for. It is held for microseconds; who gets it later goes by the grant that it has.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a running VM waits for the lock, which is held for microseconds, and while a limit is made durable. It goes by the grant that it has.
+const PATIENCE_TO_REPORT: Duration = Duration::from_secs(1);
+/// How long anybody else does: who begins or looks has nothing else to go by, and a flush may take seconds on a busy disk.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why the budget could not be used.
 #[derive(Debug, Error)]
@@ -43,10 +45,12 @@ pub enum BudgetError {
     },
     /// Another process holds the lock.
     #[error("another process has held the table of the RAM budget {} for {} s: `fuser {}` names it",
-            path.display(), LOCK_PATIENCE.as_secs(), path.display())]
+            path.display(), waited.as_secs(), path.display())]
     Busy {
         /// The table.
         path: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
     },
     /// What the VMs were promised is more than there is.
     #[error("{} of RAM is to be for {region} alone, and of the pool's limit of {} the running VMs leave {}: stop one, give a lower \
@@ -131,7 +135,7 @@ impl Budget {
         if matches!(self.pool.vfs().entry_kind(&self.path), Ok(None)) {
             return Ok(Vec::new());
         }
-        let mut rows = self.lock(now())?.table.rows;
+        let mut rows = self.lock(now(), PATIENCE)?.table.rows;
         rows.retain(|row| self.lives(row));
         Ok(rows)
     }
@@ -142,7 +146,7 @@ impl Budget {
     /// [`BudgetError::Promised`]; those of [`Budget::rows`]; [`BudgetError::Pool`].
     pub fn set_limit(&self, limit: Option<u64>) -> Result<(), BudgetError> {
         // Under the table's lock, so that no VM is promised anything meanwhile.
-        let mut locked = self.lock(now())?;
+        let mut locked = self.lock(now(), PATIENCE)?;
         self.reclaim(&mut locked.table);
         let promised = locked.table.rows.iter().fold(0_u64, |sum, row| sum.saturating_add(row.demand.floor));
         if let Some(limit) = limit.filter(|limit| *limit < promised) {
@@ -164,7 +168,7 @@ impl Budget {
         let demand = Demand { floor, cap: cap.max(floor), ..Demand::default() };
         let row = Row { region, pid: 0, started: 0, demand, granted: 0, written_at: 0 };
         let mut member = Member { budget: self, row };
-        let mut locked = member.budget.lock_for(&member.row.region, now)?;
+        let mut locked = member.budget.lock_for(&member.row.region, now, PATIENCE)?;
         member.budget.reclaim(&mut locked.table);
         member.budget.check_floors(&locked.table, &member.row)?;
         // The others are to make room now.
@@ -193,13 +197,13 @@ impl Budget {
         Ok(self.pool.settings().ram_limit)
     }
 
-    fn lock(&self, now: u64) -> Result<Locked, BudgetError> {
+    fn lock(&self, now: u64, patience: Duration) -> Result<Locked, BudgetError> {
         let failed = |what| move |source| BudgetError::Table { what, path: self.path.clone(), source };
         let file = self.pool.vfs().open(&self.path, OpenMode::OpenOrCreate).map_err(failed("open"))?;
         let begun = Instant::now();
         while !file.try_lock().map_err(failed("lock"))? {
-            if begun.elapsed() > LOCK_PATIENCE {
-                return Err(BudgetError::Busy { path: self.path.clone() });
+            if begun.elapsed() > patience {
+                return Err(BudgetError::Busy { path: self.path.clone(), waited: patience });
             }
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -208,8 +212,8 @@ impl Budget {
     }
 
     /// As [`Budget::lock`], for a change by the VM of `region`: if rows may be missing, what they were granted is respected.
-    fn lock_for(&self, region: &RegionName, now: u64) -> Result<Locked, BudgetError> {
-        let mut locked = self.lock(now)?;
+    fn lock_for(&self, region: &RegionName, now: u64, patience: Duration) -> Result<Locked, BudgetError> {
+        let mut locked = self.lock(now, patience)?;
         let table = &mut locked.table;
         // Of the future: written before the machine began anew.
         if table.damaged || table.divided_at > now {
@@ -299,7 +303,7 @@ impl Member {
 
     fn report_at(&mut self, usage: Usage, now: u64) -> Result<Grant, BudgetError> {
         let Usage { resident, faults, near_misses } = usage;
-        let locked = self.budget.lock_for(&self.row.region, now)?;
+        let locked = self.budget.lock_for(&self.row.region, now, PATIENCE_TO_REPORT)?;
         if let Some(row) = locked.table.find(&self.row.region) {
             self.row.demand.share = row.demand.share;
             self.row.granted = row.granted;
@@ -326,7 +330,7 @@ impl Member {
     }
 
     fn leave(&self) -> Result<(), BudgetError> {
-        let mut locked = self.budget.lock_for(&self.row.region, now())?;
+        let mut locked = self.budget.lock_for(&self.row.region, now(), PATIENCE_TO_REPORT)?;
         locked.table.rows.retain(|row| row.region != self.row.region);
         self.budget.write(&locked)
     }

@@ -139,7 +139,7 @@ fn those_that_died_are_left_out_and_those_that_are_leased_elsewhere_are_not() {
     allocate(&pool, "b/ram");
     let _lease = pool.lease(&name("a/ram")).unwrap();
     let budget = Budget::of(&pool).unwrap();
-    let mut locked = budget.lock(BEGIN).unwrap();
+    let mut locked = budget.lock(BEGIN, PATIENCE).unwrap();
     for region in ["a/ram", "b/ram", "gone/ram"] {
         let demand = Demand { floor: GIB, cap: GIB, ..Demand::default() };
         // Process 1 lives, and did not begin then.
@@ -151,6 +151,23 @@ fn those_that_died_are_left_out_and_those_that_are_leased_elsewhere_are_not() {
     assert_eq!(rows.iter().map(|row| row.region.as_str()).collect::<Vec<_>>(), ["a/ram"]);
     let new = join(&pool, "b/ram", 3 * GIB, 4 * GIB, BEGIN).unwrap();
     assert_eq!(new.grant().granted, 3 * GIB);
+}
+
+#[test]
+fn a_table_that_another_holds_is_waited_for_and_then_named() {
+    let (_, pool) = limited(4 * GIB);
+    let (budget, other) = (Budget::of(&pool).unwrap(), Budget::of(&pool).unwrap());
+    let held = other.lock(BEGIN, PATIENCE).unwrap();
+    let waited = Duration::from_millis(20);
+    let Err(BudgetError::Busy { path, waited: told }) = budget.lock(BEGIN, waited) else { panic!("it was had") };
+    assert_eq!((path, told), (pool.dir().join(TABLE_FILE), waited));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| budget.lock(BEGIN, PATIENCE).is_ok());
+        std::thread::sleep(waited);
+        assert!(!waiting.is_finished());
+        drop(held);
+        assert!(waiting.join().unwrap(), "it comes when it is let go");
+    });
 }
 
 #[test]
