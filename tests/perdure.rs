@@ -12,7 +12,7 @@ use tempfile::TempDir;
 pub use rustix::process::Signal;
 
 /// What a command may take that runs no guest for long.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(180);
 
 /// The binary and a pool. Dropped, every VM that runs from this pool is killed and the pool removed.
 pub struct Perdure {
