@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tests::lab::cpio::File;
+use tests::lab::cuts::{Plan, campaign};
 use tests::lab::disk::{Cache, Disk, make_ext4};
 use tests::lab::guest;
 use tests::lab::machine::{L1, Options};
@@ -14,6 +15,8 @@ usage: lab exec SCRIPT [FILE...]   boot L1 with perdure and FILEs in /bin and th
                                    /guest, run SCRIPT (a shell script in one argument) in it, print its output
        lab shell [FILE...]         the same, a script per line of stdin
        lab e2e TEST...             run these test binaries in L1, one after the other, on perdure there
+       lab cuts MEDIUM COUNT SEED  COUNT power cuts of L1 under a guest on MEDIUM (file, nvdimm, dax), at moments drawn
+                                   from SEED; a line for each; ends at the first violation. tests/lab/cuts runs it
        lab guest FILE              write the guest's initramfs to FILE, for use outside of the lab
 /pool is a disk, /dax persistent memory, both fresh each time. perdure is PERDURE_BIN, or the newest built.
 ";
@@ -29,6 +32,13 @@ fn main() -> ExitCode {
         ["exec", script, files @ ..] => exec(script, files),
         ["shell", files @ ..] => shell(files),
         ["e2e", tests @ ..] if !tests.is_empty() => end_to_end(tests),
+        ["cuts", medium @ ("file" | "nvdimm" | "dax"), count, seed] => match (count.parse(), seed.parse()) {
+            (Ok(count), Ok(seed)) => cuts(medium, count, seed),
+            _ => {
+                eprint!("{USAGE}");
+                ExitCode::from(2)
+            }
+        },
         ["guest", file] => {
             std::fs::write(file, guest::initrd(&beside("chain"))).unwrap_or_else(|error| panic!("{file}: {error}"));
             ExitCode::SUCCESS
@@ -87,6 +97,13 @@ fn end_to_end(tests: &[&str]) -> ExitCode {
         }
         status(worst)
     })
+}
+
+fn cuts(medium: &str, count: u64, seed: u64) -> ExitCode {
+    let plan = Plan { medium: medium.to_owned(), count, seed, chain: beside("chain") };
+    let tally = campaign(&plan, &mut |line| println!("{line}"));
+    println!("{medium}, seed {seed}: {tally:?}: no violation");
+    ExitCode::SUCCESS
 }
 
 fn with_l1(programs: &[&str], work: impl FnOnce(&mut L1) -> ExitCode) -> ExitCode {

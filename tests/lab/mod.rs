@@ -11,6 +11,7 @@
 //! - [`nbd`]: serves such a disk to QEMU
 //! - [`cpio`]: adds files to an initramfs
 //! - [`chain`]: the hash chain that a guest prints, and its verification
+//! - [`cuts`]: a campaign of power cuts
 //! - [`guest`]: kernels and initial file systems for the guest in perdure
 //!
 //! What a cut destroys here, and what it does not:
@@ -24,6 +25,7 @@
 
 pub mod chain;
 pub mod cpio;
+pub mod cuts;
 pub mod disk;
 pub mod guest;
 pub mod machine;

@@ -1,5 +1,6 @@
 //! The lab's tests: they boot real machines and pull the plug.
 
+mod cuts;
 mod devices;
 mod disks;
 mod generations;
