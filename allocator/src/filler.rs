@@ -27,6 +27,7 @@ use thiserror::Error;
 use crate::medium::on_demand::OnDemand;
 use crate::medium::{Mapping, PAGE_SIZE};
 use crate::region::{Region, RegionError};
+use crate::threads;
 
 /// Most clusters of a region: each may be a VMA of its own beside an absent one, and `vm.max_map_count` is 65530.
 const CLUSTERS_MAX: u64 = 1 << 15;
@@ -220,7 +221,7 @@ impl Filler {
     }
 
     fn spawn(&mut self, name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<(), FillerError> {
-        let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(body);
+        let spawned = threads::spawn(name, body);
         let failed = |source| FillerError::System { doing: "start a thread that fills memory", source };
         self.threads.push(spawned.map_err(failed)?);
         Ok(())

@@ -39,6 +39,7 @@ pub mod pool;
 pub mod region;
 pub mod replacement;
 mod size;
+pub mod threads;
 
 pub use catalog::{CatalogError, MediumSettings, RegionInfo, Settings};
 pub use lease::{Holder, Lease, LeaseError};

@@ -60,6 +60,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::medium::paged::PagedMemory;
 use crate::medium::{MediumKind, PAGE_SIZE};
 use crate::region::Region;
+use crate::threads;
 pub use elsewhere::Elsewhere;
 use signal::Signal;
 use slots::{Layout, SwapFile};
@@ -267,7 +268,7 @@ impl Pager {
 
     fn spawn(&mut self, name: &str, body: fn(&Shared)) -> Result<(), PagingError> {
         let shared = Arc::clone(&self.shared);
-        let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(move || body(&shared));
+        let spawned = threads::spawn(name, move || body(&shared));
         let failed = |source| PagingError::System { doing: "start a thread that pages memory", source };
         self.threads.push(spawned.map_err(failed)?);
         Ok(())

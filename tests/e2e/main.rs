@@ -12,6 +12,7 @@ mod generations_capture;
 mod holdup;
 mod host;
 mod hostile_guests;
+mod jail;
 mod kernels;
 mod killed;
 mod lazy;

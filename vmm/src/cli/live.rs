@@ -1,6 +1,7 @@
 //! What `run` and `resume` share: a VM's life in this process, or in one of its own.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 
 use std::time::{Duration, Instant};
@@ -10,7 +11,8 @@ use anyhow::Context as _;
 
 use super::output::say;
 use super::{EXIT_FROZEN, Environment};
-use crate::machine::config::SerialTarget;
+use crate::machine::config::{SerialTarget, VmConfig};
+use crate::machine::jail;
 use crate::persistence::regions::{RegionsError, VmRegions};
 use crate::supervisor::control::ControlClient;
 use crate::supervisor::launch::{self, InteractiveEnd, LaunchError, LeaveTerminal, Report, Reporter, Role};
@@ -80,8 +82,29 @@ pub(super) fn elsewhere(
     }
 }
 
+/// Whether a VM's process goes to jail.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(super) struct JailArgs {
+    /// Leave the VM's process all its privileges, for debugging: no seccomp filters, capabilities stay
+    #[arg(long)]
+    no_jail: bool,
+}
+
+impl JailArgs {
+    /// Prepares the jail of this process, if it is to have one: for a VM made of `config`.
+    fn prepare(self, pool: &Pool, config: &VmConfig) -> anyhow::Result<()> {
+        if self.no_jail {
+            return Ok(());
+        }
+        let files: Vec<_> = config.files().chain([pool.dir()]).map(Path::to_owned).collect();
+        Ok(jail::prepare(&files)?)
+    }
+}
+
 /// Lives a VM's life to its end in this process. `begin` starts it with the keyboard that fits.
 pub(super) fn here(
+    jail: JailArgs,
+    (pool, config): (&Pool, &VmConfig),
     begin: impl FnOnce(Keyboard) -> anyhow::Result<Supervisor>,
     after: impl FnOnce(&Ended),
 ) -> anyhow::Result<ExitCode> {
@@ -95,6 +118,7 @@ pub(super) fn here(
             Keyboard::none()
         }
     };
+    jail.prepare(pool, config)?;
     let mut supervisor = begin(keyboard)?;
     if let Some(mut reporter) = reporter.take() {
         reporter.report(&Report::Ready { name: supervisor.name().to_owned(), pid: std::process::id() });

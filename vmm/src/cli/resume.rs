@@ -65,6 +65,8 @@ pub(super) struct Args {
     /// Leave it in the background once it runs
     #[arg(long)]
     detach: bool,
+    #[command(flatten)]
+    jail: live::JailArgs,
 }
 
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
@@ -108,8 +110,9 @@ fn here(pool: &Pool, args: &Args, mut regions: VmRegions) -> anyhow::Result<Exit
         move_sockets(&mut config, regions.name(), args.vsock.as_ref())?;
         regions.set_config(config);
     }
+    let config = regions.config().clone();
     let begin = |keyboard| Ok(Supervisor::resume(pool, regions, keyboard, !args.no_prefetch)?);
-    live::here(begin, |_| {})
+    live::here(args.jail, (pool, &config), begin, |_| {})
 }
 
 /// Plugs the cards of the VM `name` into other taps, if some are given. What is in the guest knows their addresses: those stay.

@@ -113,6 +113,8 @@ pub(super) struct Args {
     #[arg(long)]
     detach: bool,
     #[command(flatten)]
+    jail: live::JailArgs,
+    #[command(flatten)]
     generations: retention::RetentionArgs,
 }
 
@@ -161,7 +163,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
             }
         }
     };
-    live::here(begin, after)
+    live::here(args.jail, (&pool, &config), begin, after)
 }
 
 /// The regions of a VM that there is, if it may be started anew. What an interrupted start left is taken away.

@@ -6,7 +6,7 @@ pub mod net;
 pub mod vsock;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use allocator::MediumKind;
@@ -338,6 +338,20 @@ impl VmConfig {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The files outside of the pool that it is made of.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let (kernel, initrd) = match &self.kernel {
+            Kernel::Guest(_) => (None, None),
+            Kernel::GuestWith { initrd, .. } => (None, Some(initrd)),
+            Kernel::File { path, initrd } => (Some(path), initrd.as_ref()),
+        };
+        let disks = self.disks.iter().filter_map(|disk| match disk {
+            DiskConfig::File { path, .. } => Some(path),
+            DiskConfig::Pool { .. } => None,
+        });
+        kernel.into_iter().chain(initrd).chain(disks).map(PathBuf::as_path)
     }
 
     /// How memory is divided, if not all of it is RAM.

@@ -18,6 +18,7 @@ pub mod config;
 pub mod devices;
 pub mod dirty;
 pub mod entropy;
+pub mod jail;
 pub mod kvm;
 pub mod memory;
 pub mod time;

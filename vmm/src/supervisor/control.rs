@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::console::Console;
 use super::generations::GenerationsStatus;
 use crate::machine::config::VmConfig;
+use crate::machine::jail::{self, Role};
 use crate::machine::virtio::balloon::BalloonStatus;
 use crate::persistence::capture::CaptureReport;
 use crate::persistence::freeze::FreezeReport;
@@ -224,7 +225,7 @@ impl ControlServer {
                     Some(Request::Console) => {
                         let (console, notify) = (console.clone(), Arc::clone(&notify));
                         let join = move || join_console(&connection, &console, &|| notify(&Request::Console));
-                        let _ = std::thread::Builder::new().name("console".to_owned()).spawn(join);
+                        let _ = jail::spawn("console", Role::Control, join);
                     }
                     Some(request) => {
                         if inbox.send(Pending { request: request.clone(), reply: Reply(connection) }).is_err() {
@@ -236,9 +237,7 @@ impl ControlServer {
                 }
             }
         };
-        std::thread::Builder::new()
-            .name("control".to_owned())
-            .spawn(serve)
+        jail::spawn("control", Role::Control, serve)
             .map_err(|source| ControlError::Bind { path: path.clone(), source })?;
         Ok(Self { path })
     }

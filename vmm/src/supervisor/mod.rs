@@ -45,6 +45,7 @@ use terminal::Keyboard;
 use wake::Wake;
 
 use crate::machine::config::{ByteSize, SerialTarget};
+use crate::machine::jail::{self, Role};
 use crate::machine::kvm::{Host, KvmError, VcpuFailure};
 use crate::machine::{Machine, MachineError, MachineEvent, Wiring};
 use crate::persistence::capture::CaptureError;
@@ -260,6 +261,8 @@ impl Supervisor {
             generations.build_on(restoring.generation(), restoring.changed_before(), &machine)?;
         }
         let ram_budget = place.begin(regions.pager()).map_err(system("start the thread of the budget of RAM"))?;
+        // All that takes privileges is done, and no instruction of the guest yet.
+        jail::enter(Role::Supervisor);
         machine.run()?;
         let mut supervisor = Self {
             name,

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
+use crate::machine::jail::{self, Role};
+
 /// `SIGPWR`: power failure (System V; Linux signal 30 on x86).
 pub const SIGPWR: i32 = libc::SIGPWR;
 
@@ -84,7 +86,7 @@ impl HoldUp {
         let Some(length) = self.length else { return Darkness(None) };
         let deadline = self.started + length;
         let (disarm, armed) = std::sync::mpsc::channel::<()>();
-        let spawned = std::thread::Builder::new().name("hold-up".to_owned()).spawn(move || {
+        let spawned = jail::spawn("hold-up", Role::HoldUp, move || {
             let left = deadline.saturating_duration_since(Instant::now());
             if armed.recv_timeout(left) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 go_dark();

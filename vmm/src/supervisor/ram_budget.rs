@@ -15,6 +15,7 @@ use allocator::{Pool, RegionName};
 use vfs::host::HostVfs;
 
 use crate::machine::config::VmConfig;
+use crate::machine::jail::{self, Role};
 use crate::persistence::regions::VmRegions;
 
 /// Between two reports.
@@ -71,7 +72,7 @@ impl Place {
             Ok(member) => report(member, pager.as_deref(), &ended),
             Err(error) => tracing::warn!("the budget of RAM does not know of this VM: {error}"),
         };
-        let thread = std::thread::Builder::new().name("budget".to_owned()).spawn(body)?;
+        let thread = jail::spawn("budget", Role::Budget, body)?;
         Ok(RamBudget { end, thread: Some(thread) })
     }
 }

@@ -8,6 +8,8 @@ use rustix::fs::Access;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
+use crate::machine::jail;
+
 /// What the host is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct System {
@@ -59,8 +61,8 @@ pub(super) struct Limits {
     pub(super) unprivileged_userfaultfd: Option<bool>,
     /// Whether this process may catch faults of the kernel (so of KVM) with userfaultfd.
     pub(super) userfaultfd: bool,
-    /// Whether the kernel has seccomp filters.
-    pub(super) seccomp_filter: bool,
+    /// Whether a VM's process can be jailed: the kernel has the seccomp filters that it takes.
+    pub(super) jail: bool,
     /// The seccomp mode that this process is in already: 0 none, 1 strict, 2 filter.
     pub(super) seccomp_mode: Option<u32>,
 }
@@ -140,7 +142,7 @@ fn limits() -> Limits {
         available_memory: available_memory(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
         unprivileged_userfaultfd: unprivileged,
         userfaultfd: unprivileged == Some(true) || device || may_trace(&status),
-        seccomp_filter: fs::exists("/proc/sys/kernel/seccomp/actions_avail").unwrap_or(false),
+        jail: jail::available().is_ok(),
         seccomp_mode: field(&status, "Seccomp:").and_then(|mode| mode.parse().ok()),
     }
 }

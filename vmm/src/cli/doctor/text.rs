@@ -230,12 +230,12 @@ fn limits(page: &mut Page, limits: &Limits) {
         None => "this kernel is built without it",
     };
     page.item(limits.userfaultfd, "userfaultfd", sysctl);
-    let mode = match limits.seccomp_mode {
-        Some(0) => "no filter is on this process",
-        Some(_) => "a filter is on this process already",
-        None => "",
+    let jail = match (limits.jail, limits.seccomp_mode) {
+        (false, _) => "this kernel has no seccomp filters, or hides them: VMs run with --no-jail alone",
+        (true, Some(0) | None) => "seccomp filters, for each thread of a VM's process",
+        (true, Some(_)) => "seccomp filters, for each thread of a VM's process, on top of one that is there already",
     };
-    page.item(limits.seccomp_filter, "seccomp filters", mode);
+    page.item(limits.jail, "jail", jail);
 }
 
 fn embedded(page: &mut Page, guests: &[Guest]) {

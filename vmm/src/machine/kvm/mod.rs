@@ -14,6 +14,7 @@ pub mod cpuid;
 pub mod failure;
 pub mod host;
 pub mod registers;
+pub mod requests;
 pub mod state;
 pub mod vcpu;
 pub mod vm;

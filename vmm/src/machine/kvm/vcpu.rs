@@ -22,6 +22,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::failure::{Position, VcpuFailure};
 use super::state::VcpuStateV1;
 use super::{KvmError, Vm, registers};
+use crate::machine::jail::{self, Role};
 
 /// How long a vCPU may take to stop before we call it stuck. A guest cannot cause it: KVM looks for signals between
 /// any two instructions. A slow disk can: a fault on a page of a region waits for it, and no signal ends that wait.
@@ -177,9 +178,7 @@ impl Vcpu {
         });
         let (commands, inbox) = mpsc::channel();
         let runner = Runner { index, vm: vm.clone(), fd, msr_indices, accesses, events, shared: Arc::clone(&shared) };
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .spawn(move || runner.serve(&inbox))
+        let thread = jail::spawn(format!("vcpu{index}"), Role::Vcpu, move || runner.serve(&inbox))
             .map_err(|source| KvmError::Spawn { index, source })?;
         Ok(Self { index, shared, commands: Some(commands), thread: Some(thread) })
     }

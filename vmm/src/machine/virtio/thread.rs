@@ -10,6 +10,8 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::machine::jail::{self, Role};
+
 /// What an event is of: the end, or from here on queues, and behind them sources.
 const END: u64 = 0;
 const FIRST_QUEUE: u64 = 1;
@@ -43,7 +45,7 @@ impl DeviceThread {
             epoll::add(&poll, source.as_fd(), EventData::new_u64(token), changes)?;
         }
         let worker = Worker { engine, poll, kicks, first_source, _sources: sources };
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || worker.serve())?;
+        let thread = jail::spawn(name, Role::Device, move || worker.serve())?;
         Ok(Self { end, thread: Some(thread) })
     }
 }

@@ -10,6 +10,7 @@ use snapshot::{GenerationId, Origin, Store, StoreError};
 
 use crate::machine::config::generations::GenerationsConfig;
 use crate::machine::dirty::{DirtyTracker, PageSet};
+use crate::machine::jail::{self, Role};
 use crate::persistence::capture::{Capture, CaptureError, CaptureReport, Failed, Moment, Room, Wanted};
 use crate::persistence::generations;
 use crate::supervisor::{Chain, Wake};
@@ -66,7 +67,7 @@ impl Worker {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("generations".to_owned()).spawn(serve);
+        let thread = jail::spawn("generations", Role::Generations, serve);
         Ok(Self { inbox: Some(inbox), outbox, thread: Some(thread.map_err(CaptureError::Thread)?), cancel })
     }
 

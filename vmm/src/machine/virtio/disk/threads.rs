@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::flushes::Flushes;
 use super::image::Image;
 use super::transfer::{Direction, Transfer};
+use crate::machine::jail::{self, Role};
 
 /// How many requests are worked on at a time, beside a flush.
 const WORKERS: usize = 4;
@@ -65,7 +66,7 @@ impl Threads {
         // One more than that: a flush may take long.
         for _ in 0..=WORKERS {
             let shared = Arc::clone(&threads.shared);
-            let worker = std::thread::Builder::new().name("disk-io".to_owned()).spawn(move || shared.serve())?;
+            let worker = jail::spawn("disk-io", Role::Device, move || shared.serve())?;
             threads.workers.push(worker);
         }
         Ok(threads)
