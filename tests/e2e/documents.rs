@@ -158,3 +158,34 @@ fn looking_at_a_pool_that_is_not_there_makes_none() {
         assert!(!perdure.pool().exists(), "{arguments:?} made a pool");
     }
 }
+
+#[test]
+fn the_config_that_inspect_shows_makes_another_vm_of_the_same_kind() {
+    let vm = Vm::new("web");
+    vm.start(
+        &[&TURNS[..], &["--disk", "data:2M", "--rng", "--balloon", "--clock", "realtime", "--max-snapshots", "7"]]
+            .concat(),
+    );
+    let config = |name: &str| vm.perdure.run(&["inspect", name, "--json"]).expect_code(0).json()["config"].clone();
+    let running = config("web");
+    vm.wait_for_more();
+    vm.freeze();
+    assert_eq!(config("web"), running, "it is the same whether the VM runs or not");
+    let file = vm.perdure.pool().with_extension("json");
+    std::fs::write(&file, running.to_string()).expect("a file");
+    let file = file.to_str().expect("a path of plain text");
+    vm.perdure.run(&["run", "sibling", "--detach", "--config", file]).expect_code(0);
+    assert_eq!(config("sibling"), running);
+    vm.perdure.run(&["stop", "sibling", "--timeout", "0s"]).expect_code(0);
+    assert_eq!(config("sibling"), running);
+}
+
+#[test]
+fn run_prints_the_schema_of_its_config_file() {
+    let perdure = Perdure::new();
+    let schema = perdure.run(&["run", "--config-schema"]).expect_code(0).json();
+    assert_eq!(schema["type"], "object");
+    has(&schema["properties"], &["cpus", "memory", "kernel", "disks", "net", "vsock", "generations"]);
+    assert_eq!(schema["additionalProperties"], false);
+    assert!(!perdure.pool().exists(), "nothing is made");
+}

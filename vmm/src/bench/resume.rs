@@ -23,6 +23,8 @@ pub struct ResumeResult {
     pub shape: Shape,
     /// Start of `perdure resume` to the guest's first byte.
     pub resume: Distribution,
+    /// The same with `--no-jail`, each right after one with a jail.
+    pub resume_without_jail: Distribution,
     /// Start of `perdure run` to the guest's first byte, of a VM that was made before and has never run.
     pub cold_start: Distribution,
     /// The same with a new VM, whose regions are made first.
@@ -39,14 +41,22 @@ pub fn measure(pool: &BenchPool, shape: Shape, runs: usize) -> Result<ResumeResu
     let bench = Bench { pool, shape };
     let first_start = (0..runs).map(|run| bench.first_start(run)).collect::<Result<_, _>>()?;
     let cold_start = bench.cold_starts(runs)?;
-    let (resume, vmm_pss_bytes) = bench.resumes(runs)?;
+    let Resumes { jailed, free, pss } = bench.resumes(runs)?;
     Ok(ResumeResult {
         shape,
-        resume: Distribution::of(resume),
+        resume: Distribution::of(jailed),
+        resume_without_jail: Distribution::of(free),
         cold_start: Distribution::of(cold_start),
         first_start: Distribution::of(first_start),
-        vmm_pss_bytes,
+        vmm_pss_bytes: pss,
     })
+}
+
+/// Times in nanoseconds, and memory in bytes.
+struct Resumes {
+    jailed: Vec<u64>,
+    free: Vec<u64>,
+    pss: u64,
 }
 
 struct Bench<'a> {
@@ -80,20 +90,23 @@ impl Bench<'_> {
         Ok(samples)
     }
 
-    fn resumes(&self, runs: usize) -> Result<(Vec<u64>, u64), BenchError> {
+    fn resumes(&self, runs: usize) -> Result<Resumes, BenchError> {
         drop(self.pool.vm("resume", &self.shape, "counter", BUSY)?);
         let (mut child, _) = start(self.pool, &["run", "resume"])?;
-        let (mut samples, mut pss) = (Vec::with_capacity(runs), 0);
+        let mut resumes = Resumes { jailed: Vec::with_capacity(runs), free: Vec::with_capacity(runs), pss: 0 };
         for _ in 0..runs {
             freeze(&mut child)?;
-            let (next, took) = start(self.pool, &["resume", "resume"])?;
-            samples.push(took);
-            pss = vmm_pss(&next)?;
-            child = next;
+            let (mut jailed, took) = start(self.pool, &["resume", "resume"])?;
+            resumes.jailed.push(took);
+            resumes.pss = vmm_pss(&jailed)?;
+            freeze(&mut jailed)?;
+            let (free, took) = start(self.pool, &["resume", "resume", "--no-jail"])?;
+            resumes.free.push(took);
+            child = free;
         }
         kill(&mut child)?;
         self.free("resume")?;
-        Ok((samples, pss))
+        Ok(resumes)
     }
 
     fn free(&self, name: &str) -> Result<(), BenchError> {

@@ -259,12 +259,26 @@ fn resume(parent: &Path, args: &ResumeArgs) -> anyhow::Result<()> {
     let cells = |result: &resume::ResumeResult| {
         let mut row = shape_cells(&result.shape);
         row.extend(p50_p99(&result.resume));
+        row.extend(p50_p99(&result.resume_without_jail));
         row.extend(p50_p99(&result.cold_start));
         row.extend(p50_p99(&result.first_start));
         row.push(output::bytes(result.vmm_pss_bytes));
         row
     };
-    let headings = ["MEDIUM", "CPUS", "MEMORY", "RESUME P50", "P99", "COLD P50", "P99", "NEW VM P50", "P99", "VMM PSS"];
+    let headings = [
+        "MEDIUM",
+        "CPUS",
+        "MEMORY",
+        "RESUME P50",
+        "P99",
+        "NO JAIL P50",
+        "P99",
+        "COLD P50",
+        "P99",
+        "NEW VM P50",
+        "P99",
+        "VMM PSS",
+    ];
     present(conditions, results, args.common.json, &headings, cells)
 }
 

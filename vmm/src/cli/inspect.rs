@@ -16,7 +16,7 @@ use crate::persistence::regions::VmRegions;
 pub(super) struct Args {
     /// Its name
     name: String,
-    /// One JSON document on standard output; with the whole context
+    /// One JSON document on standard output; with the whole context, and as "config" what `perdure run --config` reads
     #[arg(long)]
     json: bool,
 }

@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use allocator::{MediumKind, Pool};
 use anyhow::{Context as _, bail};
 
+use super::output::say;
 use super::{Environment, live, names, retention, survey};
 use crate::machine::config::disks::DiskConfig;
 use crate::machine::config::net::NetConfig;
 use crate::machine::config::vsock::VsockConfig;
-use crate::machine::config::{ByteSize, ClockPolicy, Kernel, SerialTarget, VmConfig};
+use crate::machine::config::{ByteSize, ClockPolicy, Kernel, SCHEMA, SerialTarget, VmConfig};
 use crate::persistence::recovery::assess;
 use crate::persistence::regions::{RegionsError, VmRegions};
 use crate::supervisor::launch::NAME;
@@ -107,8 +108,13 @@ pub(super) struct Args {
     #[arg(long, value_name = "CID:SOCKET")]
     vsock: Option<VsockConfig>,
     /// All of this from a JSON file; what is given here goes before it
+    ///
+    /// `--config-schema` prints what it may contain; the "config" of `perdure inspect NAME --json` is such a file.
     #[arg(long, value_name = "FILE.json")]
     config: Option<PathBuf>,
+    /// Print the JSON schema of --config, and start nothing
+    #[arg(long, exclusive = true)]
+    config_schema: bool,
     /// Leave it in the background once it runs
     #[arg(long)]
     detach: bool,
@@ -119,6 +125,10 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
+    if args.config_schema {
+        say!("{}", SCHEMA.trim_end());
+        return Ok(ExitCode::SUCCESS);
+    }
     let pool = match environment.open_pool_if_any()? {
         Some(pool) => pool,
         None => {

@@ -3,6 +3,8 @@
 pub mod disks;
 pub mod generations;
 pub mod net;
+#[cfg(test)]
+mod schema;
 pub mod vsock;
 
 use std::fmt;
@@ -18,6 +20,9 @@ use disks::{DiskConfig, DisksError};
 use generations::GenerationsConfig;
 use net::{MAX_CARDS, NetConfig, NetConfigError};
 use vsock::{VsockConfig, VsockConfigError};
+
+/// The JSON schema of [`VmConfig`], as `--config` reads it.
+pub const SCHEMA: &str = include_str!("../../config.schema.json");
 
 /// A number of bytes, written as in `512M` or `4G` (binary units).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -80,6 +85,7 @@ impl<'de> Deserialize<'de> for ByteSize {
 
 /// What the guest's clocks do with the time of an outage.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum ClockPolicy {
     /// They go on from where they stood: the guest does not notice.
@@ -91,6 +97,7 @@ pub enum ClockPolicy {
 
 /// The program that the VM starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Kernel {
     /// One of the embedded guests, by name.
@@ -114,6 +121,7 @@ pub enum Kernel {
 
 /// Where the guest's serial port leads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum SerialTarget {
     /// The terminal.
@@ -138,6 +146,7 @@ impl FromStr for SerialTarget {
 
 /// What a VM is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct VmConfig {
     /// How many vCPUs.
@@ -155,6 +164,7 @@ pub struct VmConfig {
     pub swap: Option<ByteSize>,
     /// Where its regions lie; the pool's default if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(with = "Option<schema::Medium>"))]
     pub medium: Option<MediumKind>,
     /// What it starts.
     pub kernel: Kernel,

@@ -18,6 +18,7 @@ const TAKEN: [&str; 4] = ["ram", "swap", "context", "pmem"];
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum DiskConfig {
     /// A region of the pool, named after the VM and this: made with the VM, and removed with it.

@@ -8,6 +8,7 @@ use super::ByteSize;
 
 /// What a restore does with a page that is lost in every copy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Integrity {
     /// It stops: nothing goes on from memory that is not what it was.
@@ -19,6 +20,7 @@ pub enum Integrity {
 
 /// How pages lie in the store.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Compress {
     /// As they are: the quickest.
@@ -32,6 +34,7 @@ pub enum Compress {
 
 /// How generations are stored, and which stay.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct GenerationsConfig {
     /// How many automatic generations stay at most; `None`: any number.

@@ -8,12 +8,14 @@ use serde::{Deserialize, Serialize};
 
 /// A network card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// The host's interface that it is plugged into: a tap, which exists.
     pub tap: String,
     /// Its address; made up from the VM's name when the VM is made, if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(with = "Option<super::schema::MacAddress>"))]
     pub mac: Option<Mac>,
 }
 

@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 
 /// Sockets between guest and host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
     /// The guest's address.
+    #[cfg_attr(test, schemars(with = "super::schema::GuestCid"))]
     pub cid: Cid,
     /// The host's UNIX socket: programs of the host connect to it; for port P of the host, the guest reaches who listens at this path with
     /// `_P` behind it.
