@@ -23,7 +23,7 @@
 //! file with its reasons: [`persistence::freeze`], [`persistence::resume`], [`persistence::rollback`], and setting a vCPU's
 //! state, [`machine::kvm::registers`].
 //!
-//! Once a machine is put together, and before it runs, each thread gives up what it does not need: [`machine::jail`]. Threads are started by
+//! Each thread gives up what it does not need before it deals with the guest or a client: [`machine::jail`]. Threads are started by
 //! [`machine::jail::spawn`], with a role, for that.
 //!
 //! What can be trusted after an outage: a RAM region counts only while its header says `clean@N` and context N

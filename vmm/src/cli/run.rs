@@ -113,7 +113,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE.json")]
     config: Option<PathBuf>,
     /// Print the JSON schema of --config, and start nothing
-    #[arg(long, exclusive = true)]
+    #[arg(long)]
     config_schema: bool,
     /// Leave it in the background once it runs
     #[arg(long)]

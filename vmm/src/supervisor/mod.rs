@@ -261,9 +261,10 @@ impl Supervisor {
             generations.build_on(restoring.generation(), restoring.changed_before(), &machine)?;
         }
         let ram_budget = place.begin(regions.pager()).map_err(system("start the thread of the budget of RAM"))?;
-        // All that takes privileges is done, and no instruction of the guest yet.
-        jail::enter(Role::Supervisor);
+        // Its threads are in jail.
         machine.run()?;
+        // This one follows beside the guest, which does not wait for it: before anything is taken from the guest, or from a client.
+        jail::enter(Role::Supervisor);
         let mut supervisor = Self {
             name,
             pool,

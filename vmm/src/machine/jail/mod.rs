@@ -5,7 +5,7 @@
 //!      │
 //!   spawn(role, …) ─► enter(role)   each thread first: its capabilities go, its filter comes
 //!      │
-//!   enter(Supervisor)               the first thread, when the machine is put together and before a vCPU runs
+//!   enter(Supervisor)               the first thread, when the machine is put together, before it takes anything from guest or client
 //! ```
 //!
 //! A filter is a list of what is allowed ([`roles`]). Anything else ends the process, and says which call it was ([`report`]): the guest's
