@@ -77,6 +77,8 @@ fn what_is_no_disk_is_refused_and_leaves_nothing() {
     let directory = tempfile::tempdir().expect("a directory");
     let odd = image(directory.path(), "odd", 1000);
     let missing = directory.path().join("missing");
+    let large = image(directory.path(), "large", (1 << 20) + 512);
+    let from = |origin: &Path| format!("data:1M,from={}", text(origin));
     let perdure = Perdure::new();
     for (disk, code, words) in [
         (text(&odd), 1, "whole number of sectors"),
@@ -86,11 +88,50 @@ fn what_is_no_disk_is_refused_and_leaves_nothing() {
         ("data", 2, "is no disk"),
         ("data:1", 2, "1M at least"),
         ("ram:1M", 2, "ram:1M"),
+        (&from(&missing), 1, "missing"),
+        (&from(&odd), 1, "whole number of sectors"),
+        (&from(&large), 1, "more than the 1M of the disk data"),
+        (&format!("{},from={}", text(&large), text(&large)), 2, "is no disk"),
     ] {
         let refused = perdure.run(&["run", "web", "--disk", disk]).expect_code(code).stderr;
         assert!(refused.contains(words), "{disk}: {refused}");
         assert_eq!(perdure.run(&["list", "--json"]).json().as_array().map_or(0, Vec::len), 0, "{disk}");
     }
+}
+
+/// The bytes of the disk `data` of the pool.
+fn data(vm: &Vm) -> Vec<u8> {
+    let document = vm.perdure.run(&["inspect", "web", "--json"]).expect_code(0).json();
+    let regions = document["regions"].as_array().expect("regions");
+    let region = regions.iter().find(|region| region["name"] == "web/data").expect("its disk");
+    let mut file = std::fs::read(region["file"].as_str().expect("a path")).expect("a region's file");
+    let size = usize::try_from(region["size"].as_u64().expect("a size")).expect("a small one");
+    file.split_off(file.len() - size)
+}
+
+#[test]
+fn a_disk_of_the_pool_begins_as_the_image_that_it_is_made_from_and_is_not_made_twice() {
+    let (vm, directory) = (Vm::new("web"), tempfile::tempdir().expect("a directory"));
+    // With a hole, and an end in the middle of a page.
+    let path = image(directory.path(), "root.img", (1 << 20) + 512);
+    let file = OpenOptions::new().write(true).open(&path).expect("it is there");
+    for offset in [0, 1000, 300_000, 1 << 20] {
+        file.write_all_at(&[0xa5; 300], offset).expect("written");
+    }
+    let mut expected = std::fs::read(&path).expect("it is there");
+    expected.resize(2 << 20, 0);
+    let disk = format!("data:2M,from={}", text(&path));
+    let begin = || vm.start(&[&COUNTER[..], &["--disk", &disk]].concat());
+    begin();
+    assert!(data(&vm) == expected, "the disk is another than the image");
+    let inspected = vm.perdure.run(&["inspect", "web", "--json"]).expect_code(0).json();
+    assert_eq!(inspected["config"]["disks"], serde_json::json!([{"pool": {"name": "data", "size": "2M"}}]));
+    vm.command("stop").expect_code(0);
+    // The same command starts the VM that there is, with the disk that it has.
+    std::fs::remove_file(&path).expect("removed");
+    begin();
+    vm.command("stop").expect_code(0);
+    assert!(data(&vm) == expected, "the disk was made anew");
 }
 
 #[test]

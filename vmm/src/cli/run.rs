@@ -29,7 +29,8 @@ Examples:
   perdure run web --kernel vmlinuz --initrd initrd --cmdline 'console=ttyS0' --memory 1G --cpus 2
   perdure run big --guest memwalk --cmdline 'ws=1G' --memory 2G --ram 512M --serial none --detach
   perdure run web --guest memwalk --cmdline 'pattern=zipf ws=64M' --serial none --detach
-  perdure run db --kernel vmlinuz --initrd initrd --disk root.img --disk data:10G
+  perdure run db --kernel vmlinuz --initrd initrd --disk ./root.img --disk data:10G
+  perdure run db --kernel vmlinuz --initrd initrd --cmdline 'root=/dev/vda' --disk root:10G,from=root.img
   perdure run web --guest pages --initrd list.bin --cmdline 'pages=65536 writes=list every=1000000'
 
 'pages' walks a list of pages that you give it, round and round: entries of 4 bytes, little-endian, the lower 31 bits a page
@@ -74,10 +75,11 @@ pub(super) struct Args {
     /// A disk, as in data:10G (in the pool), ./disk.img or /srv/disk.img,ro (a raw image); again for each further one
     ///
     /// The guest finds them as /dev/vda, /dev/vdb, … (virtio-blk), in the order given. NAME:SIZE is the region VM/NAME of the pool: made
-    /// with the VM, zeros at first, kept when its guest ends, removed with it. A raw image stays yours: it is locked while the VM runs.
+    /// with the VM, zeros at first or, with ,from=FILE, what the raw image (or block device) FILE holds then; kept when its guest ends, removed
+    /// with it. A raw image stays yours: it is locked while the VM runs.
     /// A flush of the guest (fsync) is durable on the disk's medium; a freeze makes everything durable that the guest has written. Generations
     /// hold memory and the disks of the pool; `resume --generation` refuses a VM with an image that it can write, unless forced.
-    #[arg(long = "disk", value_name = "NAME:SIZE|PATH[,ro]")]
+    #[arg(long = "disk", value_name = "NAME:SIZE[,from=FILE]|PATH[,ro]")]
     disks: Vec<DiskConfig>,
     /// The serial port: stdio, none, or a file to append to [default: stdio; none with --detach]
     #[arg(long, value_name = "stdio|FILE|none")]
@@ -218,7 +220,8 @@ fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions
     }
     let in_pool = |config: &VmConfig| {
         let disks = config.disks.iter().filter(|disk| matches!(disk, DiskConfig::Pool { .. }));
-        let mut disks: Vec<_> = disks.map(ToString::to_string).collect();
+        // What they were made from counts when they are made.
+        let mut disks: Vec<_> = disks.map(|disk| disk.clone().made().to_string()).collect();
         disks.sort_unstable();
         if disks.is_empty() { "none".to_owned() } else { disks.join(", ") }
     };
@@ -230,7 +233,8 @@ fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions
     }
     // Said now and not then, or the reverse, it would be another division of memory.
     let medium = regions.config().medium;
-    regions.set_config(VmConfig { medium, ..config.clone() });
+    let disks = config.disks.iter().cloned().map(DiskConfig::made).collect();
+    regions.set_config(VmConfig { medium, disks, ..config.clone() });
     Ok(regions)
 }
 
@@ -289,7 +293,11 @@ fn absolute(disk: &DiskConfig) -> anyhow::Result<DiskConfig> {
         DiskConfig::File { path, read_only } => {
             DiskConfig::File { path: std::path::absolute(path)?, read_only: *read_only }
         }
-        DiskConfig::Pool { .. } => disk.clone(),
+        DiskConfig::Pool { name, size, from } => DiskConfig::Pool {
+            name: name.clone(),
+            size: *size,
+            from: from.as_ref().map(std::path::absolute).transpose()?,
+        },
     })
 }
 

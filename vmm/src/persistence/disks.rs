@@ -7,6 +7,8 @@
 //! Generations hold those of the pool, of the same moment as memory. Those from elsewhere they do not: what brings memory back to a generation
 //! would leave it beside a disk from later, which is corruption: see [`check_left_behind`].
 
+mod origin;
+
 use std::fs::{File, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
@@ -17,8 +19,8 @@ use allocator::{Kind, MediumKind, Pool, Region, RegionError, RegionName, RegionS
 use devices::virtio::block::SECTOR;
 
 use super::regions::{self, RegionsError};
-use crate::machine::config::VmConfig;
 use crate::machine::config::disks::DiskConfig;
+use crate::machine::config::{ByteSize, VmConfig};
 use crate::machine::virtio::Attachment;
 use crate::machine::virtio::disk::{self, Blocks, Image, Moment};
 
@@ -49,6 +51,29 @@ pub enum DiskError {
         path: PathBuf,
         /// Its bytes.
         size: u64,
+    },
+    /// What a disk is made from does not fit.
+    #[error("{} has {size} bytes, more than the {room} of the disk {disk} that is to be made from it", path.display())]
+    TooLarge {
+        /// What.
+        path: PathBuf,
+        /// Its bytes.
+        size: u64,
+        /// Which disk.
+        disk: String,
+        /// The disk's size.
+        room: ByteSize,
+    },
+    /// What a disk is made from is not copied.
+    #[error("cannot copy {} to the disk {disk}", path.display())]
+    Copy {
+        /// What.
+        path: PathBuf,
+        /// Which disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// It cannot be joined to the machine.
     #[error("cannot begin the I/O of the disk {name}")]
@@ -101,13 +126,24 @@ pub(super) fn wanted(
     medium: Option<MediumKind>,
 ) -> Result<Vec<(RegionName, RegionSpec)>, RegionsError> {
     let region = |disk: &DiskConfig| match disk {
-        DiskConfig::Pool { name, size } => {
+        DiskConfig::Pool { name, size, from: _ } => {
             let spec = RegionSpec { kind: Kind::Disk, size: size.0, medium };
             Some(regions::region_name(vm, name).map(|name| (name, spec)))
         }
         DiskConfig::File { .. } => None,
     };
     config.disks.iter().filter_map(region).collect()
+}
+
+/// What new disks begin as, where that is not zeros.
+#[derive(Debug)]
+pub(super) struct Origins(Vec<origin::Origin>);
+
+impl Origins {
+    /// Opens what the disks of `config` are made from, before anything is made.
+    pub(super) fn open(config: &VmConfig) -> Result<Self, DiskError> {
+        origin::open(config).map(Self)
+    }
 }
 
 /// The disks of a VM.
@@ -131,6 +167,20 @@ impl Disks {
         Ok(Self { leased, images: None })
     }
 
+    /// Copies to new ones, durably, what they are made from.
+    pub(super) fn fill(&self, origins: &Origins) -> Result<(), RegionsError> {
+        for origin in &origins.0 {
+            let (file, part) = self.region(&origin.disk)?.share_file()?;
+            origin.copy_to(&file, &part)?;
+        }
+        Ok(())
+    }
+
+    fn region(&self, disk: &str) -> Result<&Region, RegionsError> {
+        let found = self.leased.iter().find(|(leased, _)| leased == disk);
+        found.map(|(_, region)| region).ok_or_else(|| RegionsError::NoDisk(disk.to_owned()))
+    }
+
     /// Opens all, and locks those from elsewhere; nothing if that was done before. Nothing is altered.
     pub(super) fn open(&mut self, config: &VmConfig) -> Result<&[Arc<Image>], RegionsError> {
         if self.images.is_none() {
@@ -144,8 +194,7 @@ impl Disks {
         let id = disk.id();
         let image = match disk {
             DiskConfig::Pool { name, .. } => {
-                let found = self.leased.iter().find(|(leased, _)| leased == name);
-                let (_, region) = found.ok_or_else(|| RegionsError::NoDisk(name.clone()))?;
+                let region = self.region(name)?;
                 let (file, part) = region.share_file()?;
                 Image::new(id, file, part, Blocks::Keep).map(Image::watched).map_err(|source| DiskError::File {
                     doing: "open",
@@ -202,6 +251,19 @@ impl Disks {
 }
 
 fn external(id: String, path: &Path, read_only: bool) -> Result<Image, DiskError> {
+    let (file, size) = open_raw(path, read_only)?;
+    if read_only {
+        return Ok(Image::read_only(id, file, size));
+    }
+    Image::new(id, file, 0..size, Blocks::GiveBack).map_err(|source| DiskError::File {
+        doing: "open",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// A raw image or a block device, locked, and its bytes.
+fn open_raw(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
     let failed = |doing| move |source| DiskError::File { doing, path: path.to_owned(), source };
     // Not a FIFO, whose other end would be waited for.
     let kind = std::fs::metadata(path).map_err(failed("open"))?.file_type();
@@ -220,8 +282,5 @@ fn external(id: String, path: &Path, read_only: bool) -> Result<Image, DiskError
     if size == 0 || !size.is_multiple_of(SECTOR) {
         return Err(DiskError::Size { path: path.to_owned(), size });
     }
-    if read_only {
-        return Ok(Image::read_only(id, file, size));
-    }
-    Image::new(id, file, 0..size, Blocks::GiveBack).map_err(failed("open"))
+    Ok((file, size))
 }

@@ -13,10 +13,11 @@ use allocator::{Dirty, Kind, LeaseError, Mapping, MediumKind, Pool, Region, Regi
 pub use error::RegionsError;
 
 use super::context::{self, ContextError, ContextV1, Encoded, Slots, Standing};
-use super::disks::{self, DiskError, Disks};
+use super::disks::{self, DiskError, Disks, Origins};
 use super::paging::{self, Memory, PagedMemory as Paged, Persisted};
 use super::restoring::{Destination, PagedMemory, Paging, Restoring, RestoringError, RestoringV1};
 use crate::machine::config::VmConfig;
+use crate::machine::config::disks::DiskConfig;
 use crate::machine::kvm::Host;
 use crate::machine::memory::{GuestRam, HostMemory};
 use crate::machine::virtio::Links;
@@ -86,6 +87,7 @@ impl VmRegions {
         wanted.extend(disks::wanted(name, config, config.medium)?);
         // The context last: a VM that has one has all.
         wanted.push((context.clone(), spec(Kind::Context, context::region_size(config.cpus))));
+        let origins = Origins::open(config)?;
         for (name, spec) in &wanted {
             pool.allocate(name, *spec)?;
         }
@@ -99,10 +101,12 @@ impl VmRegions {
         }
         let made = move || -> Result<Self, RegionsError> {
             let ram = leased_ram;
+            disks.fill(&origins)?;
+            let made = config.disks.iter().cloned().map(DiskConfig::made).collect();
             let context = ContextV1 {
                 sequence: 1,
                 written_ns: context::now_ns(),
-                config: config.clone(),
+                config: VmConfig { disks: made, ..config.clone() },
                 standing: Standing::Created,
             };
             Encoded::new(&context)?.write(&context_region)?;

@@ -27,6 +27,10 @@ pub enum DiskConfig {
         name: String,
         /// Its size.
         size: ByteSize,
+        /// A raw image, or a block device, whose bytes it has when it is made; what is beyond them is zeros. A VM that there is does not
+        /// remember it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<PathBuf>,
     },
     /// A raw image, or a block device.
     #[serde(rename_all = "kebab-case")]
@@ -44,7 +48,7 @@ pub enum DiskConfig {
 pub enum DiskSyntaxError {
     /// Neither.
     #[error(
-        "'{0}' is no disk: write NAME:SIZE, as in data:10G, for one in the pool, or the path of a raw image, as in ./disk.img or /srv/disk.img,ro"
+        "'{0}' is no disk: write NAME:SIZE[,from=FILE], as in data:10G or root:10G,from=root.img, for one in the pool, or the path of a raw image, as in ./disk.img or /srv/disk.img,ro"
     )]
     Neither(String),
     /// Its size.
@@ -52,24 +56,30 @@ pub enum DiskSyntaxError {
     Size(#[from] SizeError),
 }
 
-/// `NAME:SIZE`, or a path, which has a `/`, and `,ro` behind it where it is not to be written.
+/// `NAME:SIZE`, and `,from=` and a path behind it where it is not to begin as zeros; or a path, which has a `/`, and `,ro` behind it where it is
+/// not to be written.
 impl FromStr for DiskConfig {
     type Err = DiskSyntaxError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text.contains('/') {
+        let (disk, from) = match text.split_once(",from=") {
+            Some((disk, path)) => (disk, Some(PathBuf::from(path))),
+            None => (text, None),
+        };
+        if disk.contains('/') && from.is_none() {
             let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
             return Ok(Self::File { path: PathBuf::from(path), read_only });
         }
-        let (name, size) = text.split_once(':').ok_or_else(|| DiskSyntaxError::Neither(text.to_owned()))?;
-        Ok(Self::Pool { name: name.to_owned(), size: size.parse()? })
+        let (name, size) = disk.split_once(':').ok_or_else(|| DiskSyntaxError::Neither(text.to_owned()))?;
+        Ok(Self::Pool { name: name.to_owned(), size: size.parse()?, from })
     }
 }
 
 impl std::fmt::Display for DiskConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Pool { name, size } => write!(f, "{name}:{size}"),
+            Self::Pool { name, size, from: None } => write!(f, "{name}:{size}"),
+            Self::Pool { name, size, from: Some(path) } => write!(f, "{name}:{size},from={}", path.display()),
             Self::File { path, read_only } => write!(f, "{}{}", path.display(), if *read_only { ",ro" } else { "" }),
         }
     }
@@ -84,6 +94,15 @@ impl DiskConfig {
             Self::File { path, .. } => {
                 path.file_stem().map_or_else(|| "disk".to_owned(), |stem| stem.to_string_lossy().into_owned())
             }
+        }
+    }
+
+    /// The same, once it is made: what it was made from is no part of it.
+    #[must_use]
+    pub fn made(self) -> Self {
+        match self {
+            Self::Pool { name, size, from: _ } => Self::Pool { name, size, from: None },
+            file @ Self::File { .. } => file,
         }
     }
 
@@ -122,7 +141,7 @@ pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), DisksError> {
         return Err(DisksError::Count);
     }
     for (index, disk) in disks.iter().enumerate() {
-        let DiskConfig::Pool { name, size } = disk else { continue };
+        let DiskConfig::Pool { name, size, from: _ } = disk else { continue };
         if name.contains('/') || TAKEN.contains(&name.as_str()) || name.parse::<RegionName>().is_err() {
             return Err(DisksError::Name(disk.clone()));
         }
@@ -143,7 +162,15 @@ mod tests {
 
     #[test]
     fn a_disk_is_read_as_it_is_written() {
-        for text in ["data:64M", "a.b-c_1:1T", "/srv/disk.img", "./disk.img,ro", "dir/x:1G"] {
+        for text in [
+            "data:64M",
+            "a.b-c_1:1T",
+            "/srv/disk.img",
+            "./disk.img,ro",
+            "dir/x:1G",
+            "root:1G,from=root.img",
+            "root:1G,from=/srv/a,b",
+        ] {
             assert_eq!(text.parse::<DiskConfig>().unwrap().to_string(), text);
         }
         let file = "/srv/root.img,ro".parse::<DiskConfig>().unwrap();
@@ -151,10 +178,16 @@ mod tests {
         assert_eq!(serde_json::to_string(&file).unwrap(), r#"{"file":{"path":"/srv/root.img","read-only":true}}"#);
         let region = "data:64M".parse::<DiskConfig>().unwrap();
         assert_eq!(serde_json::to_string(&region).unwrap(), r#"{"pool":{"name":"data","size":"64M"}}"#);
-        for disk in [file, region] {
+        let copied = "root:1G,from=/srv/root.img".parse::<DiskConfig>().unwrap();
+        assert_eq!(
+            serde_json::to_string(&copied).unwrap(),
+            r#"{"pool":{"name":"root","size":"1G","from":"/srv/root.img"}}"#
+        );
+        assert_eq!(copied.clone().made().to_string(), "root:1G");
+        for disk in [file, region, copied] {
             assert_eq!(serde_json::from_str::<DiskConfig>(&serde_json::to_string(&disk).unwrap()).unwrap(), disk);
         }
-        for text in ["", "data", "data:", "data:12X", "disk.img"] {
+        for text in ["", "data", "data:", "data:12X", "disk.img", "root,from=/x", "/disk.img,from=/x"] {
             assert!(text.parse::<DiskConfig>().is_err(), "{text:?}");
         }
     }
