@@ -3,7 +3,7 @@
 //! ```text
 //!   this machine     lab driver (these modules), disk server, QEMU's TCG with an emulated AMD SVM
 //!   L1               Debian's cloud kernel, our init; /dev/kvm works; perdure runs here; /pool (disk), /dax (pmem)
-//!   guest            Debian's cloud kernel again, in perdure: a shell, the hash chain, or a sort
+//!   guest            Debian's cloud kernel again, in perdure: a shell, the hash chain, a sort; or Debian and SQLite on a disk
 //! ```
 //!
 //! - [`machine`]: [`L1`](machine::L1): boot, run commands, pull the plug

@@ -1,10 +1,15 @@
 //! The lab's tests: they boot real machines and pull the plug.
 
 mod cuts;
+mod debian;
 mod devices;
 mod disks;
 mod generations;
+mod kernel_log;
 mod machine;
 mod network;
 mod outages;
 mod paging;
+mod peer;
+mod sqlite;
+mod time;

@@ -1,0 +1,26 @@
+//! What a guest's kernel has to complain of.
+
+/// What a kernel warns of and may: perdure's machines have no PCI; QEMU's emulation takes its time over an interrupt, and on a busy machine L1
+/// finds its TSC unstable, of which its guests are told at their boot.
+const ALLOWED: [&str; 7] = [
+    "PCI: Fatal: No config space access function found",
+    "PCI: System does not support PCI",
+    "hrtimer: interrupt took",
+    "Unstable clock detected, switching default tracing clock to \"global\"",
+    "If you want to keep using the local clock, then add:",
+    "  \"trace_clock=local\"",
+    "on the kernel command line",
+];
+
+/// Checks that there is nothing of the level "warning" or worse (lockups, stalls, clocks that are off, errors of I/O and of file systems are) in
+/// what the guest says between `kernel log begins` and `kernel log ends`: its `dmesg -r`, and how many lines that has in all.
+pub(crate) fn assert_clean(said: &str) {
+    let log = said.split("kernel log begins").nth(1).and_then(|log| log.split_once("kernel log ends: "));
+    let (log, rest) = log.unwrap_or_else(|| panic!("no log: {said}"));
+    let all: u32 =
+        rest.split_whitespace().next().and_then(|count| count.parse().ok()).expect("how many lines there are");
+    assert!(all > 100, "{all} lines are no log of a whole life");
+    let warnings = log.lines().filter(|line| line.starts_with('<'));
+    let harm: Vec<_> = warnings.filter(|line| !ALLOWED.iter().any(|allowed| line.contains(allowed))).collect();
+    assert!(harm.is_empty(), "the guest's kernel complains: {harm:#?}");
+}
