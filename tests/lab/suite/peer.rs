@@ -30,8 +30,8 @@ const FRAME: usize = 2048;
 const MTU: usize = 1514;
 /// For what is on its way, each direction.
 const BUFFER: usize = 64 << 10;
-/// At the longest between two looks at what is to be done, in nanoseconds.
-const NAP: i64 = 20_000_000;
+/// At the longest between two looks at what is to be done: 20 ms.
+const NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
 /// A whole line that came.
 #[derive(Debug, Clone)]
@@ -68,7 +68,7 @@ impl Peer {
         let (told, over) = (Arc::new(Mutex::new(Told::default())), Arc::new(AtomicBool::new(false)));
         let thread = std::thread::spawn({
             let (told, over) = (Arc::clone(&told), Arc::clone(&over));
-            move || Host::new(link).live(&told, &over)
+            move || live(link, &told, &over)
         });
         Self { told, over, thread: Some(thread), directory: directory.to_owned() }
     }
@@ -162,51 +162,45 @@ impl Device for Link {
 }
 
 /// A TCP/IP stack with one socket, and the program that has it.
-struct Host {
-    link: Link,
-    interface: Interface,
-    socket: tcp::Socket<'static>,
-    /// The begin of a line.
-    line: Vec<u8>,
-    /// To be sent back.
-    back: VecDeque<u8>,
-    state: tcp::State,
+fn live(mut link: Link, told: &Mutex<Told>, over: &AtomicBool) {
+    let mut interface = interface(&mut link);
+    let mut sockets = SocketSet::new(Vec::new());
+    let handle = sockets.add(listener());
+    let mut state = tcp::State::Listen;
+    // The begin of a line, and what is to be sent back.
+    let (mut line, mut back) = (Vec::new(), VecDeque::new());
+    while !over.load(Ordering::SeqCst) {
+        interface.poll(Instant::now(), &mut link, &mut sockets);
+        let socket = sockets.get_mut::<tcp::Socket<'_>>(handle);
+        follow(&mut state, socket.state(), told);
+        // An error means that there is no connection now.
+        let _ = socket.recv(|bytes| (bytes.len(), take(bytes, &mut line, &mut back, told)));
+        if socket.can_send() {
+            let sent = socket.send_slice(back.make_contiguous()).unwrap_or(0);
+            back.drain(..sent);
+        }
+        if socket.state() == tcp::State::CloseWait {
+            socket.close();
+        }
+        interface.poll(Instant::now(), &mut link, &mut sockets);
+        let mut ready = [PollFd::new(&link.socket, PollFlags::IN)];
+        let _ = poll(&mut ready, Some(&NAP));
+    }
 }
 
-impl Host {
-    fn new(mut link: Link) -> Self {
-        let mut interface = Interface::new(Config::new(MAC.into()), &mut link, Instant::now());
-        interface.update_ip_addrs(|addresses| {
-            addresses.push(IpCidr::new(ADDRESS.into(), 24)).expect("there is room for one");
-        });
-        let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
-        let mut socket = tcp::Socket::new(buffer(), buffer());
-        socket.listen(PORT).expect("a port that nobody has");
-        let state = socket.state();
-        Self { link, interface, socket, line: Vec::new(), back: VecDeque::new(), state }
-    }
+fn interface(link: &mut Link) -> Interface {
+    let mut interface = Interface::new(Config::new(MAC.into()), link, Instant::now());
+    interface.update_ip_addrs(|addresses| {
+        addresses.push(IpCidr::new(ADDRESS.into(), 24)).expect("there is room for one");
+    });
+    interface
+}
 
-    fn live(self, told: &Mutex<Told>, over: &AtomicBool) {
-        let Self { mut link, mut interface, socket, mut line, mut back, mut state } = self;
-        let mut sockets = SocketSet::new(Vec::new());
-        let handle = sockets.add(socket);
-        while !over.load(Ordering::SeqCst) {
-            interface.poll(Instant::now(), &mut link, &mut sockets);
-            let socket = sockets.get_mut::<tcp::Socket<'_>>(handle);
-            follow(&mut state, socket.state(), told);
-            let _ = socket.recv(|bytes| (bytes.len(), take(bytes, &mut line, &mut back, told)));
-            if socket.can_send() {
-                let sent = socket.send_slice(back.make_contiguous()).unwrap_or(0);
-                back.drain(..sent);
-            }
-            if socket.state() == tcp::State::CloseWait {
-                socket.close();
-            }
-            interface.poll(Instant::now(), &mut link, &mut sockets);
-            let mut ready = [PollFd::new(&link.socket, PollFlags::IN)];
-            let _ = poll(&mut ready, Some(&Timespec { tv_sec: 0, tv_nsec: NAP }));
-        }
-    }
+fn listener() -> tcp::Socket<'static> {
+    let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
+    let mut socket = tcp::Socket::new(buffer(), buffer());
+    socket.listen(PORT).expect("a port that nobody has");
+    socket
 }
 
 /// Notes what became of the connection.
