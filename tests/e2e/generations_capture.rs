@@ -8,6 +8,8 @@ use guests::chain::{ChainReport, verify, verify_segments};
 use serde_json::Value;
 use tests::perdure::{LIMIT, Perdure, Running, Signal};
 
+use crate::vm::eventually;
+
 const RUN: [&str; 10] = [
     "run",
     "web",
@@ -58,6 +60,27 @@ fn snapshot(perdure: &Perdure, more: &[&str]) -> Value {
 fn unbroken(lives: &[&str]) -> ChainReport {
     let said: Vec<&str> = lives.iter().copied().filter(|life| !life.is_empty()).collect();
     verify_segments(&said).unwrap_or_else(|error| panic!("{error}\n{lives:#?}"))
+}
+
+#[test]
+fn a_frozen_vm_is_resumed_with_an_interval_of_generations_that_it_did_not_have_and_keeps_it() {
+    let perdure = Perdure::new();
+    let mut lives = vec![];
+    let mut running = start(&perdure, &[]);
+    for resume in [&["resume", "web", "--snapshot-every", "100ms"][..], &["resume", "web"]] {
+        perdure.run(&["powerfail", "web"]).expect_code(0);
+        lives.push(running.wait(LIMIT).stdout);
+        let before = if lives.len() == 1 { 0 } else { generations(&perdure).len() };
+        running = perdure.spawn(resume);
+        eventually("generations", || {
+            let listed = perdure.run(&["generations", "web", "--json"]);
+            listed.code == Some(0) && generations(&perdure).len() > before
+        });
+    }
+    perdure.run(&["powerfail", "web"]).expect_code(0);
+    lives.push(running.wait(LIMIT).stdout);
+    assert_eq!(verify(&lives.concat()).map(|chain| chain.ticks > 20), Ok(true));
+    perdure.run(&["resume", "--all", "--snapshot-every", "100ms"]).expect_code(2);
 }
 
 #[test]

@@ -97,7 +97,7 @@ pub(crate) fn rows(said: &str) -> Vec<Row> {
 pub(crate) fn counted(said: &str) -> (u64, u64) {
     let told = |line: &str| {
         let (rows, returned) = line.trim().strip_prefix("ledger: ")?.split_once(" rows, integrity ok, returned ")?;
-        Some((rows.parse().ok()?, returned.trim().parse().unwrap_or(0)))
+        Some((rows.parse().ok()?, returned.parse().ok()?))
     };
     said.lines().find_map(told).unwrap_or_else(|| panic!("the ledger did not end: {said}"))
 }

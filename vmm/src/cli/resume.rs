@@ -7,6 +7,7 @@ use allocator::medium::on_demand;
 use anyhow::Context as _;
 
 use super::progress::Progress;
+use super::retention::RetentionArgs;
 use super::survey::{VmState, names, survey};
 use super::{Environment, lineage, live, output};
 use crate::machine::config::net::NetConfig;
@@ -60,13 +61,15 @@ pub(super) struct Args {
     #[arg(long, value_name = "CID:SOCKET", conflicts_with = "all")]
     vsock: Option<VsockConfig>,
     /// All that are frozen, or were cut off and have generations, in the order of their names; in the background
-    #[arg(long)]
+    #[arg(long, conflicts_with = "RetentionArgs")]
     all: bool,
     /// Leave it in the background once it runs
     #[arg(long)]
     detach: bool,
     #[command(flatten)]
     jail: live::JailArgs,
+    #[command(flatten)]
+    generations: RetentionArgs,
 }
 
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
@@ -103,14 +106,15 @@ fn one(environment: &Environment, pool: &Pool, regions: VmRegions, args: &Args) 
 
 /// Lives the VM's life in this process.
 fn here(pool: &Pool, args: &Args, mut regions: VmRegions) -> anyhow::Result<ExitCode> {
-    if args.swap.is_some() || !args.net.is_empty() || args.vsock.is_some() {
-        let mut config = regions.config().clone();
-        config.swap = args.swap.or(config.swap);
-        move_cards(&mut config, regions.name(), &args.net)?;
-        move_sockets(&mut config, regions.name(), args.vsock.as_ref())?;
-        regions.set_config(config);
+    let mut config = regions.config().clone();
+    config.swap = args.swap.or(config.swap);
+    move_cards(&mut config, regions.name(), &args.net)?;
+    move_sockets(&mut config, regions.name(), args.vsock.as_ref())?;
+    args.generations.configure(&mut config);
+    if config != *regions.config() {
+        config.validate()?;
+        regions.set_config(config.clone());
     }
-    let config = regions.config().clone();
     let begin = |keyboard| Ok(Supervisor::resume(pool, regions, keyboard, !args.no_prefetch)?);
     live::here(args.jail, (pool, &config), begin, |_| {})
 }

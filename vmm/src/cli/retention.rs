@@ -1,4 +1,4 @@
-//! The flags of `run` that say when generations are taken, how they are stored, and which stay.
+//! The flags of `run` and `resume` that say when generations are taken, how they are stored, and which stay.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
