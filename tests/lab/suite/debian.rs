@@ -20,7 +20,7 @@ pub(crate) const SERIAL: &str = "/tmp/serial";
 /// The disk that `prepare` made is L1's second.
 const ORIGIN: &str = "/dev/vdb";
 /// No less than the image has that `prepare` makes.
-const DISK_MIB: u64 = 80;
+const DISK_MIB: u64 = 64;
 
 /// L1 with a disk that forgets what was not flushed, what Debian's disk is made from, and a card on `peer`'s network.
 pub(crate) fn options(directory: &Path, seed: u64, peer: Option<&Peer>) -> Options {
@@ -41,7 +41,7 @@ pub(crate) fn run(l1: &mut L1, ledger: &str, more: &str) {
     let mut command = format!("{PERDURE} run db --detach --kernel {} --initrd {} ", guest::KERNEL, guest::INITRD);
     write!(
         command,
-        "--disk root:{DISK_MIB}M,from={ORIGIN} --cpus 2 --memory 160M --medium file --serial {SERIAL} {more} \
+        "--disk root:{DISK_MIB}M,from={ORIGIN} --cpus 2 --memory 128M --medium file --serial {SERIAL} {more} \
          --cmdline 'console=ttyS0 quiet root=/dev/vda rcupdate.rcu_cpu_stall_timeout=5 perdure.ledger={ledger}'"
     )
     .expect("a string takes everything");
