@@ -13,7 +13,7 @@ use crate::peer::Peer;
 
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// For Debian to boot, in KVM in TCG, and to commit some; for a busy machine, too.
-pub(crate) const WORK: Duration = Duration::from_secs(300);
+pub(crate) const WORK: Duration = Duration::from_secs(600);
 pub(crate) const PERDURE: &str = "export PERDURE_POOL=/pool/pool PERDURE_LOG=info; perdure";
 /// Of this life of L1 alone.
 pub(crate) const SERIAL: &str = "/tmp/serial";

@@ -12,7 +12,7 @@ use tests::lab::machine::{L1, Options, in_emulation};
 use crate::kernel_log;
 
 const SOON: Duration = Duration::from_secs(60);
-const GUEST_BOOT: Duration = Duration::from_secs(300);
+const GUEST_BOOT: Duration = Duration::from_secs(600);
 const PERDURE: &str = "export PERDURE_POOL=/pool/pool PERDURE_LOG=info; perdure";
 const SERIAL: &str = "/tmp/serial";
 /// L1 has one.
