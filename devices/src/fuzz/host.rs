@@ -76,9 +76,9 @@ impl Reclaim for Host {
 }
 
 impl Tap for Host {
-    fn receive(&mut self, buffers: &[Piece<'_>]) -> io::Result<usize> {
-        let room = buffers.iter().map(|piece| piece.len()).sum();
-        let amount = self.amount(room)?;
+    fn receive(&mut self, buffers: &[Piece<'_>], rest: &mut [u8]) -> io::Result<usize> {
+        let room: usize = buffers.iter().map(|piece| piece.len()).sum();
+        let amount = self.amount(room + rest.len())?;
         let mut left = amount;
         for piece in buffers {
             let now = left.min(piece.len());
@@ -90,10 +90,6 @@ impl Tap for Host {
 
     fn send(&mut self, _: &[Piece<'_>]) -> io::Result<()> {
         self.amount(0).map(drop)
-    }
-
-    fn receive_into(&mut self, frame: &mut [u8]) -> io::Result<usize> {
-        self.amount(frame.len())
     }
 
     fn send_from(&mut self, _: &[u8]) -> io::Result<()> {

@@ -87,16 +87,12 @@ impl DeviceMemory for Plain {
 struct Unplugged;
 
 impl Tap for Unplugged {
-    fn receive(&mut self, _: &[Piece<'_>]) -> io::Result<usize> {
+    fn receive(&mut self, _: &[Piece<'_>], _: &mut [u8]) -> io::Result<usize> {
         Err(io::ErrorKind::WouldBlock.into())
     }
 
     fn send(&mut self, _: &[Piece<'_>]) -> io::Result<()> {
         Ok(())
-    }
-
-    fn receive_into(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::WouldBlock.into())
     }
 
     fn send_from(&mut self, _: &[u8]) -> io::Result<()> {

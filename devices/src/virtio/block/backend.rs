@@ -87,8 +87,8 @@ pub trait BlockBackend: Send {
     /// All that was submitted is to begin.
     fn start(&mut self);
 
-    /// Appends what completed since the last call, without waiting. The source of the host has an edge after each completion, whether
-    /// it was taken before that or not.
+    /// Appends what completed since the last call, without waiting. For what completes after it the source of the host has an edge; not for
+    /// what completed before, at once when it was started, say: whoever starts looks here next.
     fn take_completed(&mut self, completed: &mut Vec<Completion>);
 
     /// Waits until there is something for [`BlockBackend::take_completed`], or until `deadline`. Whether there is.

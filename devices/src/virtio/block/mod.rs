@@ -103,18 +103,32 @@ impl Block {
         }
     }
 
-    /// Takes requests from a ring while there may be more in flight.
-    fn take(&mut self, queue: u16, ring: &mut Ring) -> Result<(), Fault> {
+    /// Takes requests from a ring while there may be more in flight, has the host begin them, and tells what is done.
+    ///
+    /// Much of it is done at once: a read of what the host has in memory. So the driver is asked to tell of further requests only after all
+    /// that: those that come meanwhile are found without it, and cost it no exit.
+    fn serve(&mut self, queue: u16, rings: &mut [Ring]) -> Result<(), Fault> {
         loop {
-            while self.has_room(queue) {
-                let Some(chain) = ring.pop()? else { break };
-                self.begin(queue, chain, ring)?;
-            }
+            let Some(ring) = rings.get_mut(usize::from(queue)) else { return Ok(()) };
+            let taken = self.take(queue, ring);
+            self.backend.start();
+            self.complete(rings)?;
+            rings.iter_mut().try_for_each(Ring::signal)?;
+            taken?;
+            let Some(ring) = rings.get_mut(usize::from(queue)) else { return Ok(()) };
             // Without room the ring is looked at again when something has completed.
             if !self.has_room(queue) || !ring.listen()? {
                 return Ok(());
             }
         }
+    }
+
+    fn take(&mut self, queue: u16, ring: &mut Ring) -> Result<(), Fault> {
+        while self.has_room(queue) {
+            let Some(chain) = ring.pop()? else { break };
+            self.begin(queue, chain, ring)?;
+        }
+        Ok(())
     }
 
     fn has_room(&self, queue: u16) -> bool {
@@ -213,13 +227,6 @@ impl Block {
         }
         finish(ring, flight.head, flight.status, code, written)
     }
-
-    /// Has the host begin what was submitted, and tells what is done. Much of it may be at once: a read of what the host has in memory.
-    fn begin_and_tell(&mut self, rings: &mut [Ring]) -> Result<(), Fault> {
-        self.backend.start();
-        self.complete(rings)?;
-        rings.iter_mut().try_for_each(Ring::signal)
-    }
 }
 
 impl VirtioDevice for Block {
@@ -257,19 +264,14 @@ impl VirtioDevice for Block {
     }
 
     fn notified(&mut self, queue: usize, rings: &mut [Ring]) -> Result<(), Fault> {
-        let (Some(ring), Ok(queue)) = (rings.get_mut(queue), u16::try_from(queue)) else { return Ok(()) };
-        let taken = self.take(queue, ring);
-        self.begin_and_tell(rings)?;
-        taken
+        u16::try_from(queue).map_or(Ok(()), |queue| self.serve(queue, rings))
     }
 
     fn ready(&mut self, _: usize, rings: &mut [Ring]) -> Result<(), Fault> {
         self.complete(rings)?;
         rings.iter_mut().try_for_each(Ring::signal)?;
         // There is room now for what could not be taken before.
-        let taken = (0..).zip(rings.iter_mut()).try_for_each(|(queue, ring)| self.take(queue, ring));
-        self.begin_and_tell(rings)?;
-        taken
+        (0..).zip(0..rings.len()).try_for_each(|(queue, _)| self.serve(queue, rings))
     }
 
     fn quiesce(&mut self, rings: &mut [Ring], deadline: Instant) -> Result<(), Fault> {

@@ -1,4 +1,5 @@
 mod host;
+mod notifications;
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};

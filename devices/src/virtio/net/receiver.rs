@@ -15,10 +15,17 @@ const NUM_BUFFERS: usize = 10;
 ///
 /// A frame's length is known when it is there. So it is read straight into the driver's buffers where they have room for the largest, and
 /// into memory of our own, from which it is copied, where they have not.
+///
+/// Where the driver merges buffers, room for the largest is some 40 of them, and each is work for us and for the host even if nothing goes there.
+/// So a frame is offered the first buffer alone while frames fit in that; of one that does not, the rest is copied, and the next is offered all.
 #[derive(Default)]
 pub(super) struct Receiver {
     /// Buffers that were taken from the ring; put back at a freeze.
     posted: Posted,
+    /// The last frame did not fit in the first buffer.
+    is_large: bool,
+    /// Where the rest of such a frame goes; empty until there is one to be received.
+    rest: Vec<u8>,
     /// A frame for which the buffers do not suffice.
     waiting: Option<Vec<u8>>,
     /// The host may have frames.
@@ -50,15 +57,19 @@ impl Receiver {
     /// Receives one frame.
     fn receive(&mut self, link: &mut Link, ring: &mut Ring, merge: bool) -> io::Result<Result<(), Fault>> {
         let memory = ring.memory().clone();
-        let room = self.room(merge);
-        if room >= FRAME_MAX
-            && let Some(pieces) = buffers::pieces(&memory, self.posted.segments(), FRAME_MAX)
+        let first = self.posted.first_room().min(FRAME_MAX);
+        let offered = if self.is_large { FRAME_MAX } else { first };
+        if self.room(merge) >= FRAME_MAX
+            && let Some(pieces) = buffers::pieces(&memory, self.posted.segments(), offered)
         {
-            let length = link.tap.receive(&pieces)?;
-            return Ok(self.deliver(ring, length));
+            self.rest.resize(FRAME_MAX, 0);
+            let rest = self.rest.get_mut(offered..).unwrap_or_default();
+            let length = link.tap.receive(&pieces, rest)?;
+            self.is_large = length > first;
+            return Ok(self.deliver_with_rest(ring, offered, length));
         }
         let mut frame = vec![0; FRAME_MAX];
-        let length = link.tap.receive_into(&mut frame)?;
+        let length = link.tap.receive(&[], &mut frame)?;
         frame.truncate(length);
         // What is no frame is gone.
         self.waiting = (length >= HEADER).then_some(frame);
@@ -80,6 +91,16 @@ impl Receiver {
         }
         self.deliver(ring, frame.len())?;
         Ok(true)
+    }
+
+    /// Hands over a frame of `length` bytes, of which the first `offered` lie in the first buffers, and the others in our own memory.
+    fn deliver_with_rest(&mut self, ring: &mut Ring, offered: usize, length: usize) -> Result<(), Fault> {
+        let rest = self.rest.get(offered..length).unwrap_or_default();
+        if buffers::scatter(ring.memory(), self.posted.segments(), offered, rest) < rest.len() {
+            // A buffer outside of the memory, as above.
+            return self.give_back(ring);
+        }
+        self.deliver(ring, length)
     }
 
     /// Hands over a frame of `length` bytes that lies in the first buffers.
@@ -139,8 +160,9 @@ impl Receiver {
 
     /// Forgets the driver and what was to go to it.
     pub(super) fn reset(&mut self) {
-        let Self { posted, waiting, may_be_ready: _ } = self;
+        let Self { posted, is_large, rest: _, waiting, may_be_ready: _ } = self;
         posted.clear();
+        *is_large = false;
         *waiting = None;
     }
 }

@@ -22,23 +22,18 @@ pub struct Offloads {
 /// No call waits: `WouldBlock` says that the frame is still where it was, and a source of the device becomes ready when it is worth
 /// another attempt. After any other error the frame is gone.
 pub trait Tap: Send {
-    /// Receives a frame into `buffers`, which have room for the largest, and marks what it wrote; its length.
+    /// Receives a frame into `buffers`, and marks what it wrote of them; what they have no room for goes to `rest`. Its length. Both together
+    /// have room for the largest.
     ///
     /// # Errors
     /// As the system says.
-    fn receive(&mut self, buffers: &[Piece<'_>]) -> io::Result<usize>;
+    fn receive(&mut self, buffers: &[Piece<'_>], rest: &mut [u8]) -> io::Result<usize>;
 
     /// Sends the frame that lies in `buffers`.
     ///
     /// # Errors
     /// As the system says.
     fn send(&mut self, buffers: &[Piece<'_>]) -> io::Result<()>;
-
-    /// Receives a frame into memory of our own; its length.
-    ///
-    /// # Errors
-    /// As the system says.
-    fn receive_into(&mut self, frame: &mut [u8]) -> io::Result<usize>;
 
     /// Sends a frame of our own.
     ///

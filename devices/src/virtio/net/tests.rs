@@ -25,8 +25,10 @@ struct Host {
     takes: Option<usize>,
     fails: Option<io::ErrorKind>,
     offloads: Vec<Offloads>,
-    /// How many frames came by way of memory of our own.
+    /// How many frames came by way of memory of our own, all or a part.
     copied: usize,
+    /// How many pieces of the driver's memory each frame was offered.
+    offered: Vec<usize>,
 }
 
 type SharedHost = Arc<Mutex<Host>>;
@@ -58,15 +60,20 @@ impl TestTap {
 }
 
 impl Tap for TestTap {
-    fn receive(&mut self, buffers: &[Piece<'_>]) -> io::Result<usize> {
+    fn receive(&mut self, buffers: &[Piece<'_>], rest: &mut [u8]) -> io::Result<usize> {
+        let room: usize = buffers.iter().map(|piece| piece.len()).sum();
+        assert!(room + rest.len() >= FRAME_MAX, "a frame would be cut short");
         let frame = self.next()?;
-        let mut rest = &frame[..];
+        let mut left = &frame[..];
         for piece in buffers {
-            let part = rest.len().min(piece.len());
-            piece.copy_from(&rest[..part]);
-            rest = &rest[part..];
+            let part = left.len().min(piece.len());
+            piece.copy_from(&left[..part]);
+            left = &left[part..];
         }
-        assert!(rest.is_empty(), "a frame would be cut short");
+        rest[..left.len()].copy_from_slice(left);
+        let mut host = self.0.lock().unwrap();
+        host.offered.push(buffers.len());
+        host.copied += usize::from(!left.is_empty());
         Ok(frame.len())
     }
 
@@ -78,13 +85,6 @@ impl Tap for TestTap {
             frame.append(&mut part);
         }
         self.take(frame)
-    }
-
-    fn receive_into(&mut self, frame: &mut [u8]) -> io::Result<usize> {
-        let next = self.next()?;
-        self.0.lock().unwrap().copied += 1;
-        frame[..next.len()].copy_from_slice(&next);
-        Ok(next.len())
     }
 
     fn send_from(&mut self, frame: &[u8]) -> io::Result<()> {
@@ -237,7 +237,44 @@ fn a_frame_fills_merged_buffers_and_says_how_many() {
     let mut lies = driver.get(BUFFERS, 4500);
     lies.extend(driver.get(BUFFERS + 0x2000, 512));
     assert_eq!(lies, received(&came, 2));
-    assert_eq!(host.lock().unwrap().copied, 0, "it was read straight into the buffers");
+}
+
+#[test]
+fn frames_are_offered_all_the_buffers_that_they_may_need_only_while_they_are_large() {
+    let (mut driver, host) = set_up(MERGE);
+    let buffer = |index: u64| BUFFERS + 0x2000 * (index % u64::from(ENTRIES));
+    let (mut offered, mut next) = (0..u64::from(ENTRIES), 0);
+    // Room for the largest frame is 15 of these. Large ones fill two.
+    for (length, pieces, copied) in [(60, 1, 0), (5000, 1, 1), (5001, 15, 1), (60, 15, 1), (60, 1, 1)] {
+        for index in offered {
+            driver.offer(RECEIVE, &[], &[(buffer(index), 4500)]);
+        }
+        let came = frame(length);
+        driver.notify(RECEIVE);
+        arrive(&mut driver, &host, came.clone());
+        let count = if length > 4500 { 2 } else { 1 };
+        let mut lies = driver.get(buffer(next), came.len().min(4500));
+        lies.extend(driver.get(buffer(next + 1), came.len().saturating_sub(4500)));
+        assert_eq!(lies, received(&came, count));
+        assert_eq!(host.lock().unwrap().offered.last(), Some(&pieces), "{length}");
+        assert_eq!(host.lock().unwrap().copied, copied, "{length}");
+        let (begin, end) = (u64::from(ENTRIES) + next, u64::from(ENTRIES) + next + u64::from(count));
+        (offered, next) = (begin..end, next + u64::from(count));
+    }
+}
+
+#[test]
+fn a_large_frame_whose_rest_would_go_nowhere_is_lost_and_nothing_else() {
+    let (mut driver, host) = set_up(MERGE);
+    let nowhere = MEMORY + 0x1000;
+    for index in 0..u64::from(ENTRIES) {
+        let at = if index == 1 { nowhere } else { BUFFERS + 0x2000 * index };
+        driver.offer(RECEIVE, &[], &[(at, 4500)]);
+    }
+    driver.notify(RECEIVE);
+    arrive(&mut driver, &host, frame(5000));
+    assert_eq!(driver.used(RECEIVE), [(0, 0)], "the first buffer comes back empty");
+    assert!(!driver.needs_reset());
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Disks: the image of a virtio block device, read and written behind the guest's back.
 //!
 //! ```text
-//!   devices::virtio::block ─► BlockBackend ─┬─ io_uring   the kernel does it; completions ring an eventfd
+//!   devices::virtio::block ─► BlockBackend ─┬─ io_uring   the kernel does it, what it has in memory at once
 //!                                           └─ threads    where io_uring is refused: a few threads do
 //!                               both: Image   which file, which part of it, and whether it is still believed
 //!                                     Flushes one at a time; whoever asks meanwhile shares the next
@@ -102,11 +102,15 @@ fn backend(image: &Arc<Image>) -> io::Result<(Box<dyn BlockBackend>, OwnedFd)> {
 }
 
 fn open(worker: Worker, image: &Arc<Image>) -> io::Result<(Box<dyn BlockBackend>, OwnedFd)> {
-    let done = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-    let source = super::thread::borrow(&done).try_clone_to_owned()?;
-    let backend: Box<dyn BlockBackend> = match worker {
-        Worker::IoUring => Box::new(Uring::new(Arc::clone(image), done)?),
-        Worker::Threads => Box::new(Threads::start(Arc::clone(image), done)?),
-    };
-    Ok((backend, source))
+    match worker {
+        Worker::IoUring => {
+            let (backend, source) = Uring::new(Arc::clone(image))?;
+            Ok((Box::new(backend), source))
+        }
+        Worker::Threads => {
+            let done = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+            let source = super::thread::borrow(&done).try_clone_to_owned()?;
+            Ok((Box::new(Threads::start(Arc::clone(image), done)?), source))
+        }
+    }
 }

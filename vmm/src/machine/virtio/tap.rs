@@ -211,7 +211,7 @@ impl Vectors<PtrGuardMut> {
 }
 
 impl<G> Vectors<G> {
-    /// How many there are; at most [`devices::virtio::PIECES_MAX`].
+    /// How many there are; at most [`devices::virtio::PIECES_MAX`], or the kernel refuses them.
     fn count(&self) -> libc::c_int {
         libc::c_int::try_from(self.vectors.len()).unwrap_or(libc::c_int::MAX)
     }
@@ -222,10 +222,13 @@ fn length(result: libc::ssize_t) -> io::Result<usize> {
 }
 
 impl Tap for HostTap {
-    fn receive(&mut self, buffers: &[Piece<'_>]) -> io::Result<usize> {
-        let into = Vectors::to_write(buffers);
+    fn receive(&mut self, buffers: &[Piece<'_>], rest: &mut [u8]) -> io::Result<usize> {
+        let mut into = Vectors::to_write(buffers);
+        if !rest.is_empty() {
+            into.vectors.push(libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
+        }
         // SAFETY: each vector is a piece of guest memory, which stays mapped while `buffers` borrow it, and into which Rust has no
-        // references; the kernel writes nowhere else.
+        // references, or `rest`, which is ours alone; the kernel writes nowhere else.
         let received = length(unsafe { libc::readv(self.0.as_raw_fd(), into.vectors.as_ptr(), into.count()) })?;
         let mut left = received;
         for piece in buffers {
@@ -240,10 +243,6 @@ impl Tap for HostTap {
         let from = Vectors::to_read(buffers);
         // SAFETY: as above; the kernel only reads.
         length(unsafe { libc::writev(self.0.as_raw_fd(), from.vectors.as_ptr(), from.count()) }).map(|_| ())
-    }
-
-    fn receive_into(&mut self, frame: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::io::read(&*self.0, frame)?)
     }
 
     fn send_from(&mut self, frame: &[u8]) -> io::Result<()> {

@@ -36,7 +36,8 @@ impl DeviceThread {
         let poll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&poll, borrow(&end), EventData::new_u64(END), EventFlags::IN)?;
         for (kick, token) in kicks.iter().zip(FIRST_QUEUE..) {
-            epoll::add(&poll, borrow(kick), EventData::new_u64(token), EventFlags::IN)?;
+            // Edges: each notification is one, and nobody has to read the counter for it.
+            epoll::add(&poll, borrow(kick), EventData::new_u64(token), EventFlags::IN | EventFlags::ET)?;
         }
         let first_source = FIRST_QUEUE + kicks.len() as u64;
         for (source, token) in sources.iter().zip(first_source..) {
@@ -44,7 +45,7 @@ impl DeviceThread {
             let changes = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
             epoll::add(&poll, source.as_fd(), EventData::new_u64(token), changes)?;
         }
-        let worker = Worker { engine, poll, kicks, first_source, _sources: sources };
+        let worker = Worker { engine, poll, first_source, _kicks: kicks, _sources: sources };
         let thread = jail::spawn(name, Role::Device, move || worker.serve())?;
         Ok(Self { end, thread: Some(thread) })
     }
@@ -69,9 +70,9 @@ pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
 struct Worker {
     engine: Arc<Mutex<Engine>>,
     poll: OwnedFd,
-    kicks: Vec<EventFd>,
     first_source: u64,
     /// Kept open: epoll alone does not.
+    _kicks: Vec<EventFd>,
     _sources: Vec<OwnedFd>,
 }
 
@@ -104,10 +105,7 @@ impl Worker {
             return self.engine().ready(usize::try_from(source).unwrap_or(usize::MAX));
         }
         let queue = usize::try_from(token - FIRST_QUEUE).unwrap_or(usize::MAX);
-        if let Some(kick) = self.kicks.get(queue) {
-            // Before the queue is looked at: what is offered after that is told anew.
-            let _ = kick.read();
-            self.engine().notified(queue);
-        }
+        // What is offered once this looks at the queue is told anew.
+        self.engine().notified(queue);
     }
 }

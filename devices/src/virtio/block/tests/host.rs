@@ -39,6 +39,8 @@ pub(super) struct State {
     pub(super) holes: Vec<Range<u64>>,
     /// Whether something that waits completes it: the host is quick enough for a freeze.
     pub(super) quick: bool,
+    /// What happens beside the next start of requests.
+    pub(super) meanwhile: Option<Box<dyn FnOnce() + Send>>,
     submitted: VecDeque<(Token, Taken)>,
     waiting: VecDeque<(Token, Taken)>,
     completed: Vec<Completion>,
@@ -58,6 +60,7 @@ impl Host {
             flushes: 0,
             holes: Vec::new(),
             quick: true,
+            meanwhile: None,
             submitted: VecDeque::new(),
             waiting: VecDeque::new(),
             completed: Vec::new(),
@@ -156,6 +159,10 @@ impl BlockBackend for Host {
     }
 
     fn start(&mut self) {
+        let meanwhile = self.state().meanwhile.take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
         let mut state = self.state();
         while let Some((token, taken)) = state.submitted.pop_front() {
             let held = match state.holds {

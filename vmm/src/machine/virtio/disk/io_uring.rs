@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,9 +10,9 @@ use devices::virtio::block::{BlockBackend, Completion, Operation, Token};
 use io_uring::register::Restriction;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FallocateFlags;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::flushes::Flushes;
 use super::image::Image;
@@ -38,27 +38,26 @@ pub(super) struct Uring {
     backlog: VecDeque<squeue::Entry>,
     /// What completed without the kernel.
     completed: Vec<Completion>,
-    done: EventFd,
 }
 
 impl Uring {
-    /// Sets it up; `done` is rung at each completion.
+    /// Sets it up, and what becomes ready when the kernel has completed something that was not taken.
     ///
     /// # Errors
     /// As the system says: ENOSYS or EPERM where there is none for us.
-    pub(super) fn new(image: Arc<Image>, done: EventFd) -> io::Result<Self> {
+    pub(super) fn new(image: Arc<Image>) -> io::Result<(Self, OwnedFd)> {
         let ring = IoUring::builder().setup_cqsize(COMPLETIONS).setup_r_disabled().build(ENTRIES)?;
         // Kernels before 5.5 need the pieces of a transfer until it is complete, and lose completions that do not fit. None of the
         // releases that are still looked after is that old.
         if !(ring.params().is_feature_submit_stable() && ring.params().is_feature_nodrop()) {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));
         }
-        ring.submitter().register_eventfd(done.as_raw_fd())?;
         // What goes through a ring is not seen by seccomp: it is to do what a disk does, and nothing else.
         let allowed = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
         ring.submitter().register_restrictions(&mut allowed.map(Restriction::sqe_op))?;
         ring.submitter().register_enable_rings()?;
-        Ok(Self {
+        let source = completions_of(&ring)?;
+        let this = Self {
             ring,
             image,
             transfers: Vec::new(),
@@ -66,8 +65,8 @@ impl Uring {
             in_kernel: 0,
             backlog: VecDeque::new(),
             completed: Vec::new(),
-            done,
-        })
+        };
+        Ok((this, source))
     }
 
     fn fd(&self) -> Fd {
@@ -94,7 +93,7 @@ impl Uring {
             }
             Err(error) => {
                 tracing::warn!("disk {}: a {direction:?} cannot be done: {error}", self.image.name());
-                self.complete(token, Err(error));
+                self.completed.push(Completion { token, result: Err(error) });
             }
         }
     }
@@ -102,20 +101,13 @@ impl Uring {
     fn allocate(&mut self, token: Token, range: &std::ops::Range<u64>, mode: FallocateFlags) {
         let length = range.end - range.start;
         if length == 0 {
-            return self.complete(token, Ok(()));
+            return self.completed.push(Completion { token, result: Ok(()) });
         }
         let entry = opcode::Fallocate::new(self.fd(), length)
             .offset(self.image.place(range.start))
             .mode(mode.bits().cast_signed())
             .build();
         self.queue(entry, token.0.into());
-    }
-
-    /// Something completed that the kernel was not asked for.
-    fn complete(&mut self, token: Token, result: io::Result<()>) {
-        self.completed.push(Completion { token, result });
-        // The counter does not overflow: nobody writes to it so often.
-        let _ = self.done.write(1);
     }
 
     fn begin_flush(&mut self) {
@@ -129,14 +121,13 @@ impl Uring {
                 // Nothing to flush, or nothing to believe.
                 other => {
                     self.flushes.end(&other.unwrap_or(Ok(())), &mut self.completed);
-                    let _ = self.done.write(1);
                 }
             }
         }
     }
 
-    /// Hands over what there is, as far as the kernel takes it.
-    fn hand_over(&mut self) {
+    /// Hands over what there is. Whether the kernel takes it.
+    fn hand_over(&mut self) -> bool {
         loop {
             {
                 let mut queue = self.ring.submission();
@@ -149,7 +140,7 @@ impl Uring {
                     }
                 }
                 if queue.is_empty() {
-                    return;
+                    return true;
                 }
             }
             match self.ring.submit() {
@@ -157,7 +148,10 @@ impl Uring {
                 Err(error) => match error.raw_os_error() {
                     // No memory just now, or completions that nobody has taken: the next look at them is not far.
                     Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => std::thread::sleep(Duration::from_micros(100)),
-                    _ => return tracing::error!("disk {}: io_uring takes nothing: {error}", self.image.name()),
+                    _ => {
+                        tracing::error!("disk {}: io_uring takes nothing: {error}", self.image.name());
+                        return false;
+                    }
                 },
             }
         }
@@ -225,6 +219,19 @@ impl Uring {
     }
 }
 
+/// Is ready for reading while the kernel has completed something that was not taken from `ring`.
+///
+/// Not an eventfd that the kernel rings at each completion: that is rung also for what was done at once, within the system call that
+/// submits it, and was taken right after. Neither the ring itself: whoever waits for it to change in any way learns each time that it can
+/// be written to.
+fn completions_of(ring: &IoUring) -> io::Result<OwnedFd> {
+    let source = epoll::create(CreateFlags::CLOEXEC)?;
+    // SAFETY: the ring's descriptor is open for as long as the ring, which outlives this call.
+    let ring = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
+    epoll::add(&source, ring, EventData::new_u64(0), EventFlags::IN)?;
+    Ok(source)
+}
+
 fn entry_of(fd: Fd, transfer: &Transfer) -> squeue::Entry {
     let pieces = transfer.pieces();
     // As many as a request has segments: far below 2³².
@@ -259,9 +266,8 @@ impl BlockBackend for Uring {
     }
 
     fn take_completed(&mut self, completed: &mut Vec<Completion>) {
-        if self.reap() {
-            self.hand_over();
-        }
+        // What is handed over may be done at once.
+        while self.reap() && self.hand_over() {}
         completed.append(&mut self.completed);
     }
 

@@ -28,14 +28,28 @@ impl Lab {
     }
 
     fn with(worker: Worker, blocks: Blocks) -> Self {
+        let (image, file, dir) = Self::image(blocks);
+        let (backend, source) = open(worker, &image).unwrap();
+        Self::of(backend, source, image, file, dir)
+    }
+
+    fn image(blocks: Blocks) -> (Arc<Image>, File, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
         file.set_len(START + LENGTH + 4096).unwrap();
         let part = START..START + LENGTH;
         let image = Image::new("data".to_owned(), file.try_clone().unwrap(), part, blocks).unwrap();
-        let image = Arc::new(image.watched());
-        let (backend, source) = open(worker, &image).unwrap();
+        (Arc::new(image.watched()), file, dir)
+    }
+
+    fn of(
+        backend: Box<dyn BlockBackend>,
+        source: OwnedFd,
+        image: Arc<Image>,
+        file: File,
+        dir: tempfile::TempDir,
+    ) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 20), 1 << 20)]).unwrap();
         Self { backend, source, memory: Memory::new(Arc::new(memory)), image, file, _dir: dir }
     }
@@ -72,11 +86,58 @@ impl Lab {
         }
     }
 
+    /// Whether the source becomes ready within so many seconds.
+    fn source_is_ready(&self, seconds: i64) -> bool {
+        let mut fds = [rustix::event::PollFd::new(&self.source, rustix::event::PollFlags::IN)];
+        let limit = rustix::event::Timespec { tv_sec: seconds, tv_nsec: 0 };
+        rustix::event::poll(&mut fds, Some(&limit)).unwrap() == 1
+    }
+
     fn bytes(&self, at: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.file.read_exact_at(&mut bytes, START + at).unwrap();
         bytes
     }
+}
+
+/// From now on this thread, and those that it starts, get EPERM of `io_uring_setup`, as from a container's seccomp filter.
+fn refuse_io_uring() {
+    let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut filter = [
+        // The system call's number: the first word of `struct seccomp_data`.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_io_uring_setup as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: takes no pointer.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
+    // SAFETY: reads `program` and the filter behind it, which live until it returns.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    assert_eq!(set, 0, "{}", io::Error::last_os_error());
+}
+
+#[test]
+fn threads_do_the_io_where_io_uring_is_refused() {
+    let refused = std::thread::spawn(|| {
+        refuse_io_uring();
+        let (image, file, dir) = Lab::image(Blocks::GiveBack);
+        let error = open(Worker::IoUring, &image).err().expect("it is refused");
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        let (backend, source) = backend(&image).expect("threads instead");
+        let mut lab = Lab::of(backend, source, image, file, dir);
+        lab.memory.write_slice(&[7; 1024], GuestAddress(0)).unwrap();
+        lab.write(0, 512, &[segment(0, 1024)], true);
+        lab.succeed(1);
+        assert_eq!(lab.bytes(512, 1024), [7; 1024]);
+        lab.read(0, 512, &[segment(8192, 1024)]);
+        lab.succeed(1);
+        let mut read = [0; 1024];
+        lab.memory.read_slice(&mut read, GuestAddress(8192)).unwrap();
+        assert_eq!(read, [7; 1024]);
+    });
+    refused.join().unwrap();
 }
 
 fn segment(address: u64, length: u32) -> Segment {
@@ -113,9 +174,10 @@ fn a_thousand_requests_at_a_time_all_complete_once_and_ring() {
             lab.memory.write_obj(index, GuestAddress(u64::from(index) * 512)).unwrap();
             lab.write(index, u64::from(index) * 512, &[segment(u64::from(index) * 512, 512)], false);
         }
+        // Nothing was taken yet.
+        lab.backend.start();
+        assert!(lab.source_is_ready(20));
         lab.succeed(1024);
-        let mut fds = [rustix::event::PollFd::new(&lab.source, rustix::event::PollFlags::IN)];
-        assert_eq!(rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())).unwrap(), 1);
         for index in 0..1024_u32 {
             lab.read(index, u64::from(1023 - index) * 512, &[segment((1 << 20) + u64::from(index) * 512, 512)]);
             assert_eq!(lab.bytes(u64::from(index) * 512, 4), index.to_le_bytes());
