@@ -11,5 +11,6 @@ mod network;
 mod outages;
 mod paging;
 mod peer;
+mod sockets;
 mod sqlite;
 mod time;
