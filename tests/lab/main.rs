@@ -4,6 +4,7 @@ use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
+use tests::lab::bench::{self, LOADS};
 use tests::lab::cpio::File;
 use tests::lab::cuts::{Plan, campaign};
 use tests::lab::disk::{Cache, Disk, make_ext4};
@@ -17,6 +18,8 @@ usage: lab exec SCRIPT [FILE...]   boot L1 with perdure and FILEs in /bin and th
        lab e2e TEST...             run these test binaries in L1, one after the other, on perdure there
        lab cuts MEDIUM COUNT SEED  COUNT power cuts of L1 under a guest on MEDIUM (file, nvdimm, dax), at moments drawn
                                    from SEED; a line for each; ends at the first violation. tests/lab/cuts runs it
+       lab bench devices [--rounds N] [--seconds N] [--json FILE] [LOAD...]
+                                   disk and network of a stock Linux in perdure and in QEMU's microvm, in turns, in L1
        lab guest FILE              write the guest's initramfs to FILE, for use outside of the lab
 /pool is a disk, /dax persistent memory, both fresh each time. perdure is PERDURE_BIN, or the newest built.
 ";
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
                 ExitCode::from(2)
             }
         },
+        ["bench", "devices", options @ ..] => bench_devices(options),
         ["guest", file] => {
             std::fs::write(file, guest::initrd(&beside("chain"))).unwrap_or_else(|error| panic!("{file}: {error}"));
             ExitCode::SUCCESS
@@ -103,6 +107,29 @@ fn cuts(medium: &str, count: u64, seed: u64) -> ExitCode {
     let plan = Plan { medium: medium.to_owned(), count, seed, chain: beside("chain") };
     let tally = campaign(&plan, &mut |line| println!("{line}"));
     println!("{medium}, seed {seed}: {tally:?}: no violation");
+    ExitCode::SUCCESS
+}
+
+fn bench_devices(options: &[&str]) -> ExitCode {
+    let mut plan = bench::Plan { rounds: 5, seconds: 2, loads: Vec::new() };
+    let mut file = None;
+    let mut words = options.iter();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().copied().unwrap_or_else(|| panic!("{word} wants a value\n{USAGE}"));
+        let number = |value: &str| value.parse().unwrap_or_else(|error| panic!("{word} {value}: {error}\n{USAGE}"));
+        match *word {
+            "--rounds" => plan.rounds = number(value()),
+            "--seconds" => plan.seconds = number(value()),
+            "--json" => file = Some(value()),
+            load if LOADS.iter().any(|known| known.name == load) => plan.loads.push(load.to_owned()),
+            other => panic!("{other}: there is no such load or option\n{USAGE}"),
+        }
+    }
+    let report = bench::devices(&plan, &beside("chain"));
+    print(report.table().as_bytes());
+    if let Some(file) = file {
+        std::fs::write(file, format!("{:#}\n", report.json())).unwrap_or_else(|error| panic!("{file}: {error}"));
+    }
     ExitCode::SUCCESS
 }
 

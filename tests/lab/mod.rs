@@ -12,6 +12,7 @@
 //! - [`cpio`]: adds files to an initramfs
 //! - [`chain`]: the hash chain that a guest prints, and its verification
 //! - [`cuts`]: a campaign of power cuts
+//! - [`bench`]: disk and network beside QEMU's, by hand
 //! - [`guest`]: kernels and initial file systems for the guest in perdure
 //!
 //! What a cut destroys here, and what it does not:
@@ -23,6 +24,7 @@
 //! | writes before a completed flush | kept |
 //! | stores to `/dax` | kept, flushed or not: TCG has no CPU cache to lose. So the lab shows that the data are in place, not that CLWB was not forgotten |
 
+pub mod bench;
 pub mod chain;
 pub mod cpio;
 pub mod cuts;
