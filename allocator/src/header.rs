@@ -22,6 +22,7 @@ pub const VERSION: u32 = 1;
 /// Bytes in use in a copy: one sector.
 const USED: usize = 512;
 const CRC_AT: usize = USED - 4;
+const BOUND_AT: usize = 80;
 const NAME_AT: usize = 96;
 /// No region is stamped so often: counting on from here cannot overflow.
 const MAX_SEQUENCE: u64 = u64::MAX / 2;
@@ -56,6 +57,8 @@ pub struct Header {
     pub data_offset: u64,
     /// `clean@N`: the content is exactly that of context N.
     pub clean: Option<u64>,
+    /// The log of recoverable memory (its region's id) that may hold changes which are not in the data yet; 0: none.
+    pub bound: u64,
     /// As of this write; the catalog rules.
     pub name: String,
 }
@@ -71,6 +74,7 @@ impl Header {
             size: region.size,
             data_offset: region.data_offset,
             clean: None,
+            bound: 0,
             name: region.name.to_string(),
         }
     }
@@ -87,6 +91,7 @@ impl Header {
         put(48, &self.size.to_le_bytes());
         put(56, &self.data_offset.to_le_bytes());
         put(64, &self.clean.unwrap_or(0).to_le_bytes());
+        put(BOUND_AT, &self.bound.to_le_bytes());
         // A name has at most 255 bytes.
         let name = &self.name.as_bytes()[..self.name.len().min(255)];
         put(72, &[name.len() as u8]);
@@ -131,6 +136,7 @@ impl Header {
             size: u64_at(48),
             data_offset: u64_at(56),
             clean,
+            bound: u64_at(BOUND_AT),
             name: String::from_utf8(name.to_vec()).map_err(|_| HeaderError::Damaged)?,
         })
     }
@@ -191,6 +197,7 @@ mod tests {
             size: 1 << 33,
             data_offset: 1 << 21,
             clean: Some(0),
+            bound: 12,
             name: "y".repeat(255),
         }
     }

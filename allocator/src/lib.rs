@@ -38,6 +38,7 @@ pub mod paging;
 pub mod pool;
 pub mod region;
 pub mod replacement;
+pub mod rvm;
 mod size;
 pub mod threads;
 

@@ -32,11 +32,13 @@ pub enum Kind {
     Disk,
     /// Persistent memory that the guest sees as such.
     Pmem,
+    /// The log of recoverable memory.
+    Log,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Ram, Self::Swap, Self::Context, Self::Disk, Self::Pmem];
+    pub const ALL: [Self; 6] = [Self::Ram, Self::Swap, Self::Context, Self::Disk, Self::Pmem, Self::Log];
 
     /// As written in the catalog.
     #[must_use]
@@ -47,6 +49,7 @@ impl Kind {
             Self::Context => "context",
             Self::Disk => "disk",
             Self::Pmem => "pmem",
+            Self::Log => "log",
         }
     }
 
@@ -58,6 +61,7 @@ impl Kind {
             Self::Context => 3,
             Self::Disk => 4,
             Self::Pmem => 5,
+            Self::Log => 6,
         }
     }
 
@@ -264,7 +268,8 @@ impl Region {
         if stamped.header.clean.is_none() && !stamped.other_lost {
             return Ok(());
         }
-        self.write_header(&mut stamped, None, "clear the stamp of")
+        let bound = stamped.header.bound;
+        self.write_header(&mut stamped, None, bound, "clear the stamp of")
     }
 
     /// Says durably that the content is exactly that of context `n`. To be done after it was persisted, and the context too.
@@ -272,13 +277,44 @@ impl Region {
     /// # Errors
     /// [`RegionError::Io`]: then it is not known whether it is said.
     pub fn stamp_clean(&self, n: u64) -> Result<(), RegionError> {
-        self.write_header(&mut self.stamped(), Some(n), "stamp")
+        let mut stamped = self.stamped();
+        let bound = stamped.header.bound;
+        self.write_header(&mut stamped, Some(n), bound, "stamp")
+    }
+
+    /// The log of recoverable memory (the id of its region) that may hold changes which are not in the data yet. `Err` with it where a
+    /// copy of the header is damaged, which may have said otherwise.
+    pub(crate) fn bound_to(&self) -> Result<Option<u64>, Option<u64>> {
+        let stamped = self.stamped();
+        let bound = (stamped.header.bound != 0).then_some(stamped.header.bound);
+        if stamped.other_lost { Err(bound) } else { Ok(bound) }
+    }
+
+    /// Says durably which log's changes belong to the data, and that the content is no context's.
+    pub(crate) fn bind(&self, log: Option<u64>) -> Result<(), RegionError> {
+        self.write_header(&mut self.stamped(), None, log.unwrap_or(0), "bind to its log")
+    }
+
+    /// Its id, which no other region of the pool ever has.
+    pub(crate) fn id(&self) -> u64 {
+        self.lease.info.id
+    }
+
+    /// The pool that it belongs to.
+    pub(crate) fn pool_id(&self) -> u64 {
+        self.lease.pool
     }
 
     /// Overwrites the older copy (or the damaged one), and returns once that is durable.
-    fn write_header(&self, stamped: &mut Stamped, clean: Option<u64>, what: &'static str) -> Result<(), RegionError> {
-        let header =
-            Header { sequence: stamped.header.sequence + 1, clean, ..Header::of(self.lease.pool, &self.lease.info) };
+    fn write_header(
+        &self,
+        stamped: &mut Stamped,
+        clean: Option<u64>,
+        bound: u64,
+        what: &'static str,
+    ) -> Result<(), RegionError> {
+        let sequence = stamped.header.sequence + 1;
+        let header = Header { sequence, clean, bound, ..Header::of(self.lease.pool, &self.lease.info) };
         let slot = 1 - stamped.slot;
         let written = self.lease.file.write_durable_at(&header.encode(), (slot * COPY_LEN) as u64);
         written.map_err(|source| self.io(what, source))?;
@@ -403,6 +439,12 @@ impl Region {
     /// [`RegionError::Medium`]: not a file of this host, no DAX, no address space.
     pub fn map(&self) -> Result<Mapping, RegionError> {
         let mapped = medium::map(self.lease.info.medium, &self.backing());
+        mapped.map_err(|source| self.medium("map", source))
+    }
+
+    /// As [`Region::map`], but private to this process: what is written through it never reaches the file.
+    pub(crate) fn map_private(&self) -> Result<Mapping, RegionError> {
+        let mapped = medium::map(MediumKind::Nvdimm, &self.backing());
         mapped.map_err(|source| self.medium("map", source))
     }
 

@@ -79,6 +79,15 @@ impl WriteBack {
     }
 }
 
+/// Writes back the lines of `range` of the mapping, without the fence that must follow. Nothing where that is not needed.
+pub(crate) fn write_back_range(mapping: &Mapping, range: std::ops::Range<usize>) {
+    let inside = range.start <= range.end && range.end <= mapping.length;
+    if let (true, WriteBack::By(instruction, line)) = (inside, mapping.write_back) {
+        // SAFETY: the range lies in the mapping; the instruction was chosen by CPUID.
+        unsafe { write_back(mapping.as_ptr().add(range.start), range.len(), instruction, line) };
+    }
+}
+
 /// Writes back the lines of `length` bytes at `start`, without the fence that must follow.
 ///
 /// # Safety
@@ -98,7 +107,8 @@ unsafe fn write_back(start: *const u8, length: usize, by: Instruction, line: usi
     }
 }
 
-fn fence() {
+/// Orders what was written back before everything that follows (SFENCE).
+pub(crate) fn fence() {
     // SAFETY: every x86-64 has SSE.
     unsafe { _mm_sfence() }
 }

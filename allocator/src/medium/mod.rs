@@ -6,7 +6,7 @@
 //! | [`mod@file`] | `MAP_SHARED` of any file | flush dirty pages of the page cache |
 //! | [`nvdimm`] | `MAP_PRIVATE` of an image: volatile until saved | write the dirty pages to the image, flush |
 //!
-//! The only unsafe code of this crate is in this module.
+//! The only unsafe code of this crate is in this module and where [`crate::rvm`] hands out mapped memory.
 #![allow(unsafe_code)]
 
 use std::fmt;
