@@ -60,6 +60,7 @@ mod error;
 mod fault;
 mod group;
 #[cfg(test)]
+#[expect(clippy::duplicate_mod, reason = "the same source over other locks")]
 mod interleavings;
 mod memory;
 mod ranges;
@@ -212,11 +213,13 @@ impl Rvm {
             }
             log.sync()?;
         }
-        let key = random().map_err(|source| RvmError::Pool(crate::PoolError::Io {
-            what: "draw a random number for",
-            path: log.path().to_owned(),
-            source,
-        }))?;
+        let key = random().map_err(|source| {
+            RvmError::Pool(crate::PoolError::Io {
+                what: "draw a random number for",
+                path: log.path().to_owned(),
+                source,
+            })
+        })?;
         let (pool, id, size) = (log.pool_id(), log.id(), log.size());
         let slots = if engine == Engine::Undo { slots } else { 0 };
         let mut status =

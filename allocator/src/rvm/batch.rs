@@ -86,10 +86,14 @@ pub(crate) fn decode_head(bytes: &[u8]) -> Option<Head> {
     if header[..4] != MAGIC || u32_at(header, CRC_AT)? != crc32fast::hash(&header[..CRC_AT]) {
         return None;
     }
-    let place =
-        Place { key: u64_at(header, 8)?, generation: u64_at(header, 16)?, position: u64_at(header, 24)? };
+    let place = Place { key: u64_at(header, 8)?, generation: u64_at(header, 16)?, position: u64_at(header, 24)? };
     let length = u64_at(header, 32)?;
-    (length >= HEADER as u64).then_some(Head { place, length, body_crc: u32_at(header, 40)?, ranges: u32_at(header, 4)? })
+    (length >= HEADER as u64).then_some(Head {
+        place,
+        length,
+        body_crc: u32_at(header, 40)?,
+        ranges: u32_at(header, 4)?,
+    })
 }
 
 /// Adds the ranges of `body`, what lies behind the header up to the batch's length, to `ranges`. Nothing is added after an error.
@@ -99,9 +103,8 @@ pub(crate) fn decode_body(head: &Head, body: &[u8], ranges: &mut Ranges) -> Resu
     }
     let found = parse(head.ranges, body).ok_or(BodyError::Malformed)?;
     for (region, offset, data) in found {
-        if !super::fault::seeded("the oldest value of a byte is kept") {
-            ranges.insert(region, offset, data);
-        } else if ranges.iter().all(|(r, o, _)| (r, o) != (region, offset)) {
+        let keep_the_oldest = super::fault::seeded("the oldest value of a byte is kept");
+        if !(keep_the_oldest && ranges.iter().any(|(r, o, _)| (r, o) == (region, offset))) {
             ranges.insert(region, offset, data);
         }
     }

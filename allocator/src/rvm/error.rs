@@ -39,8 +39,10 @@ pub enum RvmError {
         name: RegionName,
     },
     /// The log was never finished, or neither copy of its status can be read.
-    #[error("the log {name} cannot be used ({reason}): nothing was altered; go back to a copy of the pool, or free the log \
-             if the changes that it holds are not needed")]
+    #[error(
+        "the log {name} cannot be used ({reason}): nothing was altered; go back to a copy of the pool, or free the log \
+             if the changes that it holds are not needed"
+    )]
     LogDamaged {
         /// The log.
         name: RegionName,
@@ -94,7 +96,9 @@ pub enum RvmError {
         log: MediumKind,
     },
     /// Another log may hold changes of this region.
-    #[error("region {region} belongs to the log {log}, which may hold changes of it: use that log, and unmap the region there first")]
+    #[error(
+        "region {region} belongs to the log {log}, which may hold changes of it: use that log, and unmap the region there first"
+    )]
     BoundElsewhere {
         /// The region.
         region: RegionName,
@@ -114,8 +118,10 @@ pub enum RvmError {
         region: RegionName,
     },
     /// A transaction on it was forgotten, or ended without restoring what it had changed.
-    #[error("the memory of region {region} holds what no transaction committed (one was forgotten, or dropped in no-restore mode): \
-             initialize the log anew to have it back as it was committed")]
+    #[error(
+        "the memory of region {region} holds what no transaction committed (one was forgotten, or dropped in no-restore mode): \
+             initialize the log anew to have it back as it was committed"
+    )]
     Unrestored {
         /// The region.
         region: RegionName,
@@ -151,7 +157,9 @@ pub enum RvmError {
         allowed: u64,
     },
     /// More transactions at a time than the undo log has slots.
-    #[error("{slots} transactions are running, and the log has room for no more: end one first, or make a log with more slots")]
+    #[error(
+        "{slots} transactions are running, and the log has room for no more: end one first, or make a log with more slots"
+    )]
     TooManyTransactions {
         /// How many there may be.
         slots: u32,
@@ -163,14 +171,20 @@ pub enum RvmError {
         running: usize,
     },
     /// An abort of a transaction that kept no old values.
-    #[error("a transaction in no-restore mode cannot be aborted: its memory is out of use until the log is initialized anew")]
+    #[error(
+        "a transaction in no-restore mode cannot be aborted: its memory is out of use until the log is initialized anew"
+    )]
     NoRestore,
     /// An earlier write or flush of the log failed.
-    #[error("an earlier write of the log failed, so nothing is committed any more: initialize it anew, which recovers what was committed")]
+    #[error(
+        "an earlier write of the log failed, so nothing is committed any more: initialize it anew, which recovers what was committed"
+    )]
     Poisoned,
     /// A save of an NVDIMM was cut.
-    #[error("the power went while the memory of the log {name} was being saved: what was saved is in part older than the rest, and \
-             is not used; go back to a copy of the pool")]
+    #[error(
+        "the power went while the memory of the log {name} was being saved: what was saved is in part older than the rest, and \
+             is not used; go back to a copy of the pool"
+    )]
     SaveCut {
         /// The log.
         name: RegionName,

@@ -220,7 +220,9 @@ impl Deref for Memory {
 
     fn deref(&self) -> &[u8] {
         // SAFETY: the part lies in the mapping; its bytes change through `&mut self` alone, and the borrow of `self` excludes that.
-        unsafe { std::slice::from_raw_parts(self.mapped.working.base().as_ptr().add(self.range.start), self.range.len()) }
+        unsafe {
+            std::slice::from_raw_parts(self.mapped.working.base().as_ptr().add(self.range.start), self.range.len())
+        }
     }
 }
 

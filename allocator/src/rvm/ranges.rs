@@ -124,7 +124,7 @@ impl Coverage {
         let touched = self.0.get(first..last).unwrap_or_default();
         let start = touched.first().map_or(new.start, |set| set.start.min(new.start));
         let end = touched.last().map_or(new.end, |set| set.end.max(new.end));
-        self.0.splice(first..last, [start..end]);
+        self.0.splice(first..last, std::iter::once(start..end));
     }
 }
 

@@ -84,9 +84,7 @@ impl<'a> Ring<'a> {
     fn batch(&self, place: Place, until: u64, ranges: &mut Ranges) -> Result<Option<u64>, RvmError> {
         let room = until.saturating_sub(place.position);
         let header = self.read(place.position, room.min(HEADER as u64))?;
-        let Some(head) = batch::decode_head(&header).filter(|head| {
-            head.place == place && head.length <= room
-        }) else {
+        let Some(head) = batch::decode_head(&header).filter(|head| head.place == place && head.length <= room) else {
             return Ok(None);
         };
         let body = self.read(place.position + HEADER as u64, head.length - HEADER as u64)?;
@@ -155,7 +153,12 @@ pub(crate) fn recover(log: &Region, status: &mut Status, find: &Find<'_>) -> Res
 }
 
 /// Writes `ranges` to their regions. All are looked at before the first byte is written.
-fn apply(log: &Region, ranges: &Ranges, find: &Find<'_>, recovery: &mut Recovery) -> Result<Vec<Arc<Region>>, RvmError> {
+fn apply(
+    log: &Region,
+    ranges: &Ranges,
+    find: &Find<'_>,
+    recovery: &mut Recovery,
+) -> Result<Vec<Arc<Region>>, RvmError> {
     let mut regions: Vec<Arc<Region>> = Vec::new();
     let mut orphan = None;
     for (id, offset, bytes) in ranges.iter() {
@@ -175,17 +178,26 @@ fn apply(log: &Region, ranges: &Ranges, find: &Find<'_>, recovery: &mut Recovery
             return Err(damaged(log, reason));
         }
     }
-    let mut rest = regions.iter().peekable();
-    for (id, offset, bytes) in ranges.iter() {
-        while rest.peek().is_some_and(|region| region.id() < id) {
-            rest.next();
-        }
-        if let Some(region) = rest.peek().filter(|region| region.id() == id) {
-            region.write_at(bytes, offset)?;
-            recovery.bytes += bytes.len() as u64;
-        }
+    for region in &regions {
+        recovery.bytes += write_all(region, ranges.iter().filter(|(id, ..)| *id == region.id()))?;
     }
     Ok(regions)
+}
+
+/// Writes ranges, ascending, of one region; neighbours in one go. Returns how many bytes they are.
+fn write_all<'a>(region: &Region, ranges: impl Iterator<Item = (u64, u64, &'a [u8])>) -> Result<u64, RegionError> {
+    let (mut start, mut run, mut written) = (0, Vec::new(), 0);
+    for (_, offset, bytes) in ranges {
+        if start + run.len() as u64 != offset {
+            region.write_at(&run, start)?;
+            run.clear();
+            start = offset;
+        }
+        run.extend_from_slice(bytes);
+        written += bytes.len() as u64;
+    }
+    region.write_at(&run, start)?;
+    Ok(written)
 }
 
 /// Committed and not in the log yet: a batch that is put together, and those that are full.
@@ -356,7 +368,8 @@ impl Redo {
         let first = status.head;
         while status.head < end && status.head - first < EPOCH {
             let place = Place { key: status.key, generation: status.generation, position: status.head };
-            let kept = if seeded("a truncation leaves out its last batch") { ranges.clone() } else { Ranges::default() };
+            let kept =
+                if seeded("a truncation leaves out its last batch") { ranges.clone() } else { Ranges::default() };
             let next = ring.batch(place, end, &mut ranges)?;
             let lost = || damaged(&self.log, format!("the batch at {}, which was written, is not there", status.head));
             status.head = next.ok_or_else(lost)?;

@@ -122,7 +122,7 @@ impl Tally {
         let first = disk.after_kill();
         match verified(disk, &moment.progress) {
             Err(why) => self.failures.push(format!("{}, {how}: {why}", moment.what)),
-            Ok(which) if digest % RECOVERIES == 0 => self.cut_the_recovery(moment, &first, which, how),
+            Ok(which) if digest.is_multiple_of(RECOVERIES) => self.cut_the_recovery(moment, &first, which, how),
             Ok(_) => {}
         }
     }
@@ -143,7 +143,8 @@ impl Tally {
                     let expected = Progress { durable: which, states: moment.progress.states[..=which].to_vec() };
                     if let Err(why) = verified(&left, &expected) {
                         let what = &moment.what;
-                        self.failures.push(format!("{what}, {how}, then at step {step} of the recovery, seed {seed}: {why}"));
+                        self.failures
+                            .push(format!("{what}, {how}, then at step {step} of the recovery, seed {seed}: {why}"));
                     }
                 }
             }
@@ -190,7 +191,8 @@ fn redo_moments(script: &Script) -> Vec<Moment> {
         let disk = base.after_kill();
         disk.cut_at(step);
         let mut progress = Progress::begin();
-        let played = initialize(&disk, Box::new(ByMedium)).and_then(|rvm| play(&rvm, script, &mut progress, &mut |_| ()));
+        let played =
+            initialize(&disk, Box::new(ByMedium)).and_then(|rvm| play(&rvm, script, &mut progress, &mut |_| ()));
         let over = !disk.is_cut();
         assert!(!over || played.is_ok(), "{}: without a cut: {played:?}", script.name);
         let what = if over { "after the end".to_owned() } else { disk.trace().pop().unwrap() };
@@ -228,9 +230,8 @@ fn undo_moments(script: &Script) -> Vec<Moment> {
 /// Goes through states until there are so many, or one is not as it should be.
 fn enumerate(moments: &[Moment], states: u64, stop_at_failure: bool) -> Tally {
     let mut tally = Tally { moments: moments.len(), ..Tally::default() };
-    let enough = |tally: &Tally| {
-        tally.verified.len() as u64 >= states || (stop_at_failure && !tally.failures.is_empty())
-    };
+    let enough =
+        |tally: &Tally| tally.verified.len() as u64 >= states || (stop_at_failure && !tally.failures.is_empty());
     let mut many = Vec::new();
     for moment in moments {
         if !tally.few(moment) {

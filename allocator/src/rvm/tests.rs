@@ -46,7 +46,13 @@ impl Bank {
     }
 }
 
-fn set(rvm: &Rvm, memory: &mut Memory, range: std::ops::Range<usize>, byte: u8, commit: Commit) -> Result<(), RvmError> {
+fn set(
+    rvm: &Rvm,
+    memory: &mut Memory,
+    range: std::ops::Range<usize>,
+    byte: u8,
+    commit: Commit,
+) -> Result<(), RvmError> {
     let mut transaction = rvm.begin_transaction(Mode::Restore)?;
     let part = transaction.enroll(memory)?;
     transaction.set_range(part, range)?.fill(byte);
@@ -127,7 +133,11 @@ fn an_abort_and_a_drop_restore_each_byte_of_every_part() {
             }
             transaction.set_range(second, 65_000..65_536).unwrap().fill(6);
             assert_eq!(transaction.bytes(first).unwrap()[299], 5);
-            if explicit { transaction.abort_transaction().unwrap() } else { drop(transaction) }
+            if explicit {
+                transaction.abort_transaction().unwrap();
+            } else {
+                drop(transaction);
+            }
             assert!((a.to_vec(), b.to_vec()) == before, "{medium}");
         }
     }
@@ -277,7 +287,10 @@ fn a_log_that_is_none_or_anothers_or_of_another_length_alters_nothing() {
     let bank = Bank::on(MediumKind::File);
     let initialize = |log: &str| Rvm::initialize(Arc::clone(&bank.pool), &name(log), Options::default());
     assert!(matches!(initialize("a"), Err(RvmError::NotALog { .. })));
-    assert!(matches!(Rvm::create_log(&bank.pool, &name("small"), LogSpec { size: 8192, ..LogSpec::default() }), Err(RvmError::LogTooSmall { .. })));
+    assert!(matches!(
+        Rvm::create_log(&bank.pool, &name("small"), LogSpec { size: 8192, ..LogSpec::default() }),
+        Err(RvmError::LogTooSmall { .. })
+    ));
     let rvm = bank.open();
     let spec = RegionSpec { kind: Kind::Pmem, size: 4096, medium: Some(MediumKind::Nvdimm) };
     bank.pool.allocate(&name("elsewhere"), spec).unwrap();
@@ -295,7 +308,8 @@ fn a_log_that_is_none_or_anothers_or_of_another_length_alters_nothing() {
     assert!(matches!(other.open_with(Options::default()), Err(RvmError::LogLength { .. })));
     bank.spoil(0, &[0xEE; 8192]);
     assert!(matches!(initialize("log"), Err(RvmError::LogDamaged { .. })));
-    let again = Rvm::create_log(&bank.pool, &name("log"), LogSpec { size: LOG_LEN, medium: Some(MediumKind::File), slots: 4 });
+    let again =
+        Rvm::create_log(&bank.pool, &name("log"), LogSpec { size: LOG_LEN, medium: Some(MediumKind::File), slots: 4 });
     assert!(matches!(again, Err(RvmError::LogDamaged { .. })), "it is not formatted over what was there");
 }
 
@@ -309,9 +323,12 @@ fn rot_in_the_log_is_told_from_a_torn_commit() {
     drop((a, rvm));
     // The last one: as if its flush had been cut.
     bank.spoil(8192 + 2 * batch + 700, &[0xEE]);
-    let (rvm, recovery) =
-        Rvm::initialize_reporting(Arc::clone(&bank.pool), &name("log"), Options { truncate_at: None, ..Options::default() })
-            .unwrap();
+    let (rvm, recovery) = Rvm::initialize_reporting(
+        Arc::clone(&bank.pool),
+        &name("log"),
+        Options { truncate_at: None, ..Options::default() },
+    )
+    .unwrap();
     assert_eq!((recovery.replayed, recovery.bytes), (2, 2000));
     let mut a = rvm.map(&name("a")).unwrap();
     assert_eq!(a[0], 2);

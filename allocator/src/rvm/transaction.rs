@@ -70,9 +70,7 @@ pub struct Transaction<'r> {
 impl<'r> Transaction<'r> {
     pub(super) fn begin(rvm: &'r Rvm, id: u64, mode: Mode) -> Result<Self, RvmError> {
         let log = match &rvm.engine {
-            EngineOf::Redo { redo, .. } => {
-                Log::Redo { redo, old: (mode == Mode::Restore).then(Old::default), cost: 0 }
-            }
+            EngineOf::Redo { redo, .. } => Log::Redo { redo, old: (mode == Mode::Restore).then(Old::default), cost: 0 },
             EngineOf::Undo(undo) => Log::Undo { undo, journal: Some(undo.begin()?) },
         };
         Ok(Self { id, parts: Vec::new(), log })

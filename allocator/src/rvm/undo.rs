@@ -13,11 +13,11 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::RvmError;
 use super::fault::seeded;
 use super::memory::{Slot, Working};
 use super::redo::{Find, Recovery};
 use super::status::{RECORDS_AT, Status, damaged};
-use super::RvmError;
 use crate::region::Region;
 
 /// What a record takes beside the old bytes.
@@ -201,7 +201,8 @@ impl Undo {
         let number = lock(&self.free).pop().ok_or(RvmError::TooManyTransactions { slots })?;
         // SAFETY-relevant, and kept by `free`: a number is in one journal at most.
         let slot = slot_of(&*self.memory, self.slots.range(number));
-        let sequence = slot.bytes(0, 8).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let sequence =
+            slot.bytes(0, 8).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u64::from_le_bytes(*bytes));
         Ok(Journal { undo: self, number, slot, sequence, tail: LINE, records: Vec::new() })
     }
 

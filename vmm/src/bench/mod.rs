@@ -7,6 +7,7 @@
 //! * [`patterns`]: the order in which workloads touch their pages.
 //! * [`residence`]: what of memory is in RAM, and page faults, around an outage; [`plot`] draws it.
 //! * [`restore`]: a generation into memory, against a raw sequential read.
+//! * [`rvm`]: transactions of recoverable memory.
 //! * [`store`]: generations onto the disk, against a raw sequential write; opening, deleting, sweeping, scrubbing.
 //! * [`alternatives`]: the same generations kept in other ways.
 //! * [`snapshot`]: how long a guest stands for a generation.
@@ -22,6 +23,7 @@ pub mod plot;
 pub mod residence;
 pub mod restore;
 pub mod resume;
+pub mod rvm;
 pub mod snapshot;
 pub mod store;
 
@@ -52,6 +54,9 @@ pub enum BenchError {
     /// The pool.
     #[error(transparent)]
     Pool(#[from] allocator::PoolError),
+    /// Recoverable memory.
+    #[error(transparent)]
+    Rvm(#[from] allocator::rvm::RvmError),
     /// The guest did something else.
     #[error("the guest did not do its part: {0}")]
     Guest(String),

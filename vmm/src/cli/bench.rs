@@ -1,6 +1,7 @@
 //! `perdure bench`
 
 mod memory;
+mod recoverable;
 
 use std::path::Path;
 
@@ -38,6 +39,8 @@ enum What {
     Store(StoreArgs),
     /// A working set of four times the RAM: pages a second, against the kernel's swap over the same list of accesses
     Paging(memory::PagingArgs),
+    /// Recoverable memory: a transaction of 64 bytes, with each engine, with and without a flush, by one thread and by many
+    Rvm(recoverable::RvmArgs),
     /// What of memory is in RAM, and page faults a second, before an outage and after it, in each way back
     Residence(memory::ResidenceArgs),
     /// The process that walks for `bench paging`
@@ -158,6 +161,7 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> 
         What::Restore(args) => restore(&environment.pool, args),
         What::Store(args) => store(&environment.pool, args),
         What::Paging(args) => memory::paging(&environment.pool, args),
+        What::Rvm(args) => recoverable::rvm(&environment.pool, args),
         What::Residence(args) => memory::residence(&environment.pool, args),
         What::Worker => Ok(paging::worker::run()?),
         What::Guard => Ok(paging::guard::run()?),

@@ -150,7 +150,8 @@ impl Inner {
 impl Snapshot {
     /// How many states there are, if they are at most so many; else 0.
     pub(super) fn few(&self, most: u64) -> u64 {
-        let options = self.memories.iter().flat_map(|contents| &contents.newer).map(|(_, newer)| newer.len() as u64 + 1);
+        let options =
+            self.memories.iter().flat_map(|contents| &contents.newer).map(|(_, newer)| newer.len() as u64 + 1);
         let all = options.fold(1_u64, u64::saturating_mul);
         if all <= most { all } else { 0 }
     }

@@ -215,7 +215,9 @@ fn mixed() -> Script {
 /// Two transactions at a time.
 fn at_a_time() -> Script {
     let (low, high) = (0, REGION_LEN / 2);
-    let of = |region: usize, half: usize, at: usize, length: usize, byte: u8| write(region, half + at..half + at + length, byte);
+    let of = |region: usize, half: usize, at: usize, length: usize, byte: u8| {
+        write(region, half + at..half + at + length, byte)
+    };
     let steps = vec![
         Step::Both(
             vec![of(0, low, 0, 64, 1), of(1, low, 8, 8, 1)],
