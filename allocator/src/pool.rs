@@ -108,6 +108,14 @@ pub enum PoolError {
         /// The context.
         context: u64,
     },
+    /// A log of recoverable memory may hold changes of the region.
+    #[error(
+        "region {name} belongs to a log of recoverable memory, which may hold changes of it, and is not made smaller: unmap it first"
+    )]
+    Bound {
+        /// The region.
+        name: RegionName,
+    },
     /// The pool's limit for a medium.
     #[error(
         "{} are needed for region {name} on {medium}, {} of the pool's limit of {} are free: free regions, or raise the limit",

@@ -111,3 +111,18 @@ fn residence_after_a_resume_in_place_is_that_of_before() {
     }
     nothing_is_left(perdure.pool());
 }
+
+#[test]
+fn transactions_are_measured_with_each_engine_and_with_many_threads() {
+    let perdure = Perdure::new();
+    fs::create_dir_all(perdure.pool()).expect("a directory");
+    let arguments = ["bench", "rvm", "--runs", "3", "--threads", "1,8", "--json"];
+    let document = perdure.run_within(LONG, &arguments).expect_code(0).json();
+    let results = document["results"].as_array().expect("results");
+    let rows: Vec<_> = results.iter().map(|row| (row["what"].as_str(), row["threads"].as_u64())).collect();
+    let (unflushed, write, flushed) = ("64 bytes, no flush", "a sector written durably", "64 bytes, flush");
+    let expected = [(unflushed, 1), (unflushed, 1), (write, 1), (flushed, 1), (flushed, 8), (write, 1)];
+    assert_eq!(rows, expected.map(|(what, threads)| (Some(what), Some(threads))));
+    assert!(results.iter().all(|row| row["each"]["p50_ns"].as_u64().is_some_and(|time| time > 0)), "{document}");
+    nothing_is_left(perdure.pool());
+}

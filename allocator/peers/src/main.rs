@@ -101,7 +101,13 @@ fn measure(wanted: &Wanted, directory: &Path, flush: bool) -> Result<Vec<Found>>
     let found = PEERS.iter().zip(rates).map(|(peer, mut rates)| {
         rates.sort_unstable_by(f64::total_cmp);
         let at = |index: usize| rates.get(index).copied().unwrap_or(0.0);
-        Found { peer, flush, per_second: at(rates.len() / 2), slowest: at(0), fastest: at(rates.len().saturating_sub(1)) }
+        Found {
+            peer,
+            flush,
+            per_second: at(rates.len() / 2),
+            slowest: at(0),
+            fastest: at(rates.len().saturating_sub(1)),
+        }
     });
     Ok(found.collect())
 }
@@ -121,7 +127,9 @@ fn main() -> Result<()> {
         let ours = found.iter().find(|other| other.peer == PEERS[0] && other.flush == *flush);
         let ratio = ours.map_or(0.0, |ours| ours.per_second / per_second);
         let flush = if *flush { "flush" } else { "no flush" };
-        println!("{peer:8} {flush:9} {per_second:>10.0} /s ({slowest:.0} to {fastest:.0}); rvm does {ratio:.2} times that");
+        println!(
+            "{peer:8} {flush:9} {per_second:>10.0} /s ({slowest:.0} to {fastest:.0}); rvm does {ratio:.2} times that"
+        );
     }
     Ok(())
 }

@@ -55,7 +55,8 @@ impl Bank for Accounts {
     }
 
     fn sums(&mut self) -> Result<[i64; 3]> {
-        let sum = |from: u64, count: u64| (from..from + count).map(|number| balance(&self.memory[record(number)])).sum();
+        let sum =
+            |from: u64, count: u64| (from..from + count).map(|number| balance(&self.memory[record(number)])).sum();
         Ok([sum(0, ACCOUNTS), sum(TELLERS_AT, TELLERS), sum(BRANCHES_AT, BRANCHES)])
     }
 }

@@ -33,7 +33,7 @@ impl Accounts {
             transaction.execute(&format!("CREATE TABLE {table} (id INTEGER PRIMARY KEY, record BLOB)"), [])?;
             let mut insert = transaction.prepare(&format!("INSERT INTO {table} VALUES (?1, ?2)"))?;
             for number in 0..count {
-                insert.execute(params![number as i64, [0; RECORD]])?;
+                insert.execute(params![number as i64, [0_u8; RECORD]])?;
             }
         }
         transaction.execute("CREATE TABLE audit (id INTEGER PRIMARY KEY, record BLOB)", [])?;

@@ -174,7 +174,8 @@ impl Pool {
     /// Gives a region another size. New bytes read as zero; bytes beyond a smaller size are lost.
     ///
     /// # Errors
-    /// [`PoolError::Lease`] if it is in use; [`PoolError::Frozen`] if it is stamped clean; those of [`Pool::allocate`].
+    /// [`PoolError::Lease`] if it is in use; [`PoolError::Frozen`] if it is stamped clean; [`PoolError::Bound`] if it is to shrink and a log
+    /// may hold changes of it; those of [`Pool::allocate`].
     pub fn resize(&self, name: &RegionName, size: u64) -> Result<RegionInfo, PoolError> {
         check_size(name, size)?;
         self.change(|catalog| {
@@ -185,6 +186,9 @@ impl Pool {
             if let Some(context) = region.is_clean().or(region.doubtful_stamp()) {
                 let name = name.clone();
                 return Err(PoolError::Frozen { name, context });
+            }
+            if let (true, Ok(Some(_)) | Err(Some(_))) = (size < old.size, region.bound_to()) {
+                return Err(PoolError::Bound { name: name.clone() });
             }
             let new = RegionInfo { size, ..old.clone() };
             if size > old.size {

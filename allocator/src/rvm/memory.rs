@@ -197,15 +197,15 @@ impl Memory {
         self.enrolled = !restored;
     }
 
-    /// The bytes at `range` of this part.
-    pub(crate) fn bytes_mut(&mut self, range: Range<usize>) -> Option<&mut [u8]> {
+    /// The bytes at `range` of this part; none if it is not in it.
+    pub(crate) fn bytes_mut(&mut self, range: Range<usize>) -> &mut [u8] {
         if range.start > range.end || range.end > self.range.len() {
-            return None;
+            return &mut [];
         }
         let start = self.range.start + range.start;
         // SAFETY: the part lies in the mapping and `range` in the part; no other part has these bytes, and this one is borrowed
         // mutably for as long as the slice lives.
-        Some(unsafe { std::slice::from_raw_parts_mut(self.mapped.working.base().as_ptr().add(start), range.len()) })
+        unsafe { std::slice::from_raw_parts_mut(self.mapped.working.base().as_ptr().add(start), range.len()) }
     }
 
     /// Begins to write the lines at `range` of this part back.

@@ -272,6 +272,7 @@ fn a_region_is_mapped_once_by_one_log_and_is_free_again_when_it_was_unmapped() {
     drop(high);
     drop(rvm);
     // Its log has a change of it.
+    assert!(matches!(bank.pool.resize(&name("a"), 4096), Err(crate::PoolError::Bound { .. })));
     assert!(matches!(other.map(&name("a")), Err(RvmError::BoundElsewhere { .. })));
     let rvm = bank.open();
     rvm.unmap(rvm.map(&name("a")).unwrap()).unwrap();

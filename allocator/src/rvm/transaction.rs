@@ -125,8 +125,7 @@ impl<'r> Transaction<'r> {
             self.log.keep(memory, part.index, gap.start, old);
         }
         set.add(range.clone());
-        let region = memory.region().clone();
-        memory.bytes_mut(range).ok_or(RvmError::OutOfBounds { region, length, start, end })
+        Ok(memory.bytes_mut(range))
     }
 
     /// Commits: all ranges of all parts, or (after a cut) none.
@@ -213,9 +212,8 @@ impl<'r> Transaction<'r> {
 }
 
 fn put_back(parts: &mut [Enrolled<'_>], part: usize, at: usize, old: &[u8]) {
-    let memory = parts.get_mut(part).and_then(|enrolled| enrolled.memory.bytes_mut(at..at + old.len()));
-    if let Some(memory) = memory {
-        memory.copy_from_slice(old);
+    if let Some(enrolled) = parts.get_mut(part) {
+        enrolled.memory.bytes_mut(at..at + old.len()).copy_from_slice(old);
     }
 }
 
