@@ -35,9 +35,11 @@ impl Disk {
     }
 }
 
-/// Three threads commit at a time; `fail` says which write of the disk fails.
-fn commit_at_a_time(fail: Option<usize>) {
-    loom::model(move || {
+/// Three threads commit at a time; `fail` says which write of the disk fails. No thread is preempted more often than `preemptions` says.
+fn commit_at_a_time(fail: Option<usize>, preemptions: Option<usize>) {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = preemptions;
+    model.check(move || {
         let group = Arc::new(Group::<Vec<u32>>::new());
         let disk = Arc::new(Disk::default());
         let commit = |value: u32| {
@@ -71,11 +73,11 @@ fn commit_at_a_time(fail: Option<usize>) {
 
 #[test]
 fn under_every_interleaving_a_commit_that_returns_is_durable_and_written_once() {
-    commit_at_a_time(None);
+    commit_at_a_time(None, None);
 }
 
 #[test]
-fn under_every_interleaving_a_failed_write_reaches_all_who_wait() {
-    commit_at_a_time(Some(0));
-    commit_at_a_time(Some(1));
+fn however_two_preemptions_fall_a_failed_write_reaches_all_who_wait() {
+    commit_at_a_time(Some(0), Some(2));
+    commit_at_a_time(Some(1), Some(2));
 }

@@ -1,5 +1,6 @@
 //! The lab's tests: they boot real machines and pull the plug.
 
+mod bank;
 mod cuts;
 mod debian;
 mod devices;
