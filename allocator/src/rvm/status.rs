@@ -3,6 +3,7 @@
 use crate::medium::MediumKind;
 use crate::region::{Region, RegionError};
 use crate::rvm::RvmError;
+use crate::rvm::batch::SECTOR;
 
 /// Bytes that one copy takes: a page, so that the copies never share a sector.
 const COPY_LEN: usize = 4096;
@@ -107,8 +108,9 @@ impl Status {
             generation: u64_at(64),
             slots: u32_at(72),
         };
+        let aligned = status.head.is_multiple_of(SECTOR);
         let sane = status.sequence < MOST && status.head < MOST && status.generation < MOST && bytes[13] < 2;
-        if sane { Decoded::Status(status) } else { Decoded::Damaged }
+        if sane && aligned { Decoded::Status(status) } else { Decoded::Damaged }
     }
 
     /// Reads and verifies what `log` says of itself. Nothing of it is believed but what fits the region.

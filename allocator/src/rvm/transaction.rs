@@ -135,10 +135,8 @@ impl<'r> Transaction<'r> {
     /// transaction is durable is known after the next [`Rvm::initialize`]; until then nothing more can be committed.
     pub fn end_transaction(mut self, commit: Commit) -> Result<(), RvmError> {
         let committed = match &mut self.log {
-            Log::Redo { redo, cost: 0, .. } => {
-                let _nothing_was_set = redo;
-                Ok(())
-            }
+            // Nothing was set.
+            Log::Redo { cost: 0, .. } => Ok(()),
             Log::Redo { redo, cost, .. } => {
                 let ranges = self.parts.iter().flat_map(|Enrolled { memory, set }| {
                     let (region, base) = (memory.mapped.region.id(), memory.offset());
