@@ -116,7 +116,7 @@ fn sqlite_in_debian_loses_no_row_and_no_connection_when_the_power_fails() {
     in_emulation(|| a_database_survives_outages(number_from(OUTAGES, 2), seed));
 }
 
-/// What a cut may cost beyond the age of the generation, in seconds: from a row to the next, and whole seconds of a clock.
+/// What a cut may cost beyond the age of the generation, in seconds: a clock shows whole ones, and a row is told some time after its commit.
 const SLACK: f64 = 2.0;
 
 /// A generation: its number, and when it was taken, in seconds since 1970.
@@ -151,9 +151,11 @@ fn unannounced(mut l1: L1, options: &Options, reported: &mut Vec<Row>, more: &st
     assert!(told.contains(&format!("goes on from generation db@{number}")), "the newest is {number}: {told}");
     l1.wait_until(&format!("cat {SERIAL}"), WORK, |said| !rows(&said.text()).is_empty());
     let next = rows(&serial(&mut l1))[0];
-    let end = reported.last().map_or(0.0, |row| row.uptime);
+    // What was committed after the generation is lost, from the first such row on.
+    let uptime = |row: Option<&Row>| row.map_or(0.0, |row| row.uptime);
+    let lost =
+        uptime(reported.last()) - uptime(reported.iter().find(|row| row.number >= next.number).or(reported.last()));
     reported.retain(|row| row.number < next.number);
-    let lost = end - reported.last().map_or(end, |row| row.uptime);
     // BusyBox's date knows whole seconds.
     let age = now + 1.0 - taken;
     eprintln!("{cut:?}: on from row {} of generation {number}, {lost:.2} s lost, {age:.1} s old", next.number);
