@@ -42,7 +42,7 @@ pub(crate) fn run(l1: &mut L1, ledger: &str, more: &str) {
     write!(
         command,
         "--disk root:{DISK_MIB}M,from={ORIGIN} --cpus 2 --memory 128M --medium file --serial {SERIAL} {more} \
-         --cmdline 'console=ttyS0 quiet root=/dev/vda rcupdate.rcu_cpu_stall_timeout=5 perdure.ledger={ledger}'"
+         --cmdline 'console=ttyS0 quiet root=/dev/vda rcupdate.rcu_cpu_stall_timeout=10 perdure.ledger={ledger}'"
     )
     .expect("a string takes everything");
     l1.check(&command, SOON);

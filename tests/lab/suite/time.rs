@@ -23,10 +23,8 @@ const AWAY: i64 = 3 * 60 * 60;
 const OFF: i64 = 2;
 
 /// Says what its clocks show, again and again. When its power button is pressed each CPU does something, and its kernel says what it has to
-/// say. What that would take for a hang is short: 2 s for an interrupt that does not come, twice that for a task that is not run.
+/// say. Its watchdogs wait for 20 s and more before they bark, as they do everywhere: less is nothing on a busy machine, and hours are more.
 const SCRIPT: &str = r#"
-echo 2 >/proc/sys/kernel/watchdog_thresh
-echo 5 >/proc/sys/kernel/hung_task_timeout_secs
 now() { read -r up rest </proc/uptime; echo "time: $up $(date +%s) $(cat /sys/class/rtc/rtc0/since_epoch) $(cat /sys/devices/system/cpu/online)"; }
 echo "clocksource: $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 while now; do sleep 1; done &
@@ -80,7 +78,7 @@ fn now(l1: &mut L1) -> (Clocks, RangeInclusive<i64>) {
 
 /// With a device, since the guest's init loads no driver, and none for a power button, where it finds none.
 fn run(l1: &mut L1) {
-    let cmdline = format!("console=ttyS0 quiet rcupdate.rcu_cpu_stall_timeout=4 {}", guest::script(SCRIPT));
+    let cmdline = format!("console=ttyS0 quiet {}", guest::script(SCRIPT));
     l1.check(
         &format!(
             "{PERDURE} run web --kernel {} --initrd {} --cpus {CPUS} --memory 192M --medium file --clock realtime --rng \
@@ -132,7 +130,7 @@ fn clocks_jump_over_an_outage() {
         l1.check(&format!("date -s @$(($(date +%s) + {AWAY})) >/dev/null && {resume} >/dev/null && date +%s"), SOON);
     let away = ended.trim().parse::<i64>().expect("L1's date") - begun;
     l1.wait_until(&format!("cat {SERIAL}"), SOON, |said| said.text().contains("time: "));
-    // In this time a kernel would find that something hangs.
+    // Each CPU's watchdog looks every 4 s.
     std::thread::sleep(Duration::from_secs(6));
     let (after, here) = now(&mut l1);
     eprintln!("away for {away} s: {before:?}, {after:?} at {here:?}");
