@@ -100,6 +100,33 @@ impl Lab {
     }
 }
 
+/// As a device's thread listens: for edges, and it sleeps between them.
+#[test]
+fn what_completes_after_it_was_looked_for_is_an_edge_of_the_source() {
+    use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+    for worker in WORKERS {
+        let mut lab = Lab::new(worker);
+        let thread = epoll::create(CreateFlags::CLOEXEC).unwrap();
+        let changes = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        epoll::add(&thread, &lab.source, EventData::new_u64(0), changes).unwrap();
+        let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
+        for round in 0..500 {
+            // Some are done at once, and some by others, a flush among them.
+            lab.write(0, 512 * (round % 100), &[segment(0, 512)], round % 10 == 0);
+            lab.read(1, 4096, &[segment(4096, 512)]);
+            lab.backend.start();
+            let mut completed = Vec::new();
+            lab.backend.take_completed(&mut completed);
+            while completed.len() < 2 {
+                let mut events = Vec::with_capacity(1);
+                let woken = epoll::wait(&thread, rustix::buffer::spare_capacity(&mut events), Some(&limit));
+                assert_ne!(woken, Ok(0), "{worker:?}, round {round}: {} of 2", completed.len());
+                lab.backend.take_completed(&mut completed);
+            }
+        }
+    }
+}
+
 /// From now on this thread, and those that it starts, get EPERM of `io_uring_setup`, as from a container's seccomp filter.
 fn refuse_io_uring() {
     let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
