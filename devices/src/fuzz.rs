@@ -16,7 +16,9 @@ use crate::device::{BusDevice, Device, Freezable};
 use crate::interrupt::InterruptLine;
 use crate::virtio::balloon::{Balloon, BalloonSize};
 use crate::virtio::block::{Block, Disk};
+use crate::virtio::console::Console;
 use crate::virtio::net::Net;
+use crate::virtio::pmem::{Pmem, PmemPlace};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Cid, Vsock};
 use crate::virtio::{GuestMemory, Memory, VirtioDevice, VirtioMmio};
@@ -26,8 +28,15 @@ use host::Host;
 pub type Target = fn(&[u8]);
 
 /// All targets, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 5] =
-    [("rng", rng), ("block", block), ("net", net), ("vsock", vsock), ("balloon", balloon)];
+pub const TARGETS: [(&str, Target); 7] = [
+    ("rng", rng),
+    ("block", block),
+    ("net", net),
+    ("vsock", vsock),
+    ("balloon", balloon),
+    ("console", console),
+    ("pmem", pmem),
+];
 
 /// Bytes of guest memory: rings and buffers overlap with ease.
 const MEMORY: usize = 0x1_0000;
@@ -66,6 +75,16 @@ pub fn vsock(bytes: &[u8]) {
 /// virtio-balloon.
 pub fn balloon(bytes: &[u8]) {
     run(bytes, |host| Balloon::new(BalloonSize::default(), Box::new(host)));
+}
+
+/// virtio-console.
+pub fn console(bytes: &[u8]) {
+    run(bytes, |host| Console::new(Box::new(host)));
+}
+
+/// virtio-pmem.
+pub fn pmem(bytes: &[u8]) {
+    run(bytes, |host| Pmem::new(PmemPlace { start: 1 << 32, size: 2 << 20 }, Box::new(host)));
 }
 
 /// Swallows its edges.

@@ -11,7 +11,9 @@ use crate::virtio::Memory;
 use crate::virtio::Piece;
 use crate::virtio::balloon::Reclaim;
 use crate::virtio::block::{BlockBackend, Completion, Operation, SECTOR, Segment, Token};
+use crate::virtio::console::{Line, TerminalSize};
 use crate::virtio::net::{Offloads, Tap};
+use crate::virtio::pmem::Durable;
 use crate::virtio::rng::Entropy;
 use crate::virtio::vsock::{Change, StreamId, VsockHost};
 
@@ -25,6 +27,8 @@ struct Answers {
     begun: VecDeque<(Token, Transfer)>,
     completed: Vec<Completion>,
     streams: u64,
+    /// What of persistent memory is to be made durable.
+    flush: Option<u64>,
 }
 
 /// A request's part in the guest's memory.
@@ -98,6 +102,35 @@ impl Tap for Host {
 
     fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
         Ok(())
+    }
+}
+
+impl Line for Host {
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        self.amount(bytes.len()).unwrap_or(0)
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> usize {
+        self.amount(bytes.len()).unwrap_or(0)
+    }
+
+    fn size(&self) -> TerminalSize {
+        let rows = u16::try_from(self.answers().bytes.len()).unwrap_or(u16::MAX);
+        TerminalSize { columns: 80, rows }
+    }
+}
+
+impl Durable for Host {
+    fn begin(&mut self, token: u64) {
+        self.answers().flush = Some(token);
+    }
+
+    fn done(&mut self) -> Option<(u64, io::Result<()>)> {
+        let result = match self.amount(0) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            result => result.map(drop),
+        };
+        self.answers().flush.take().map(|token| (token, result))
     }
 }
 

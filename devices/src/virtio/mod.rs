@@ -30,6 +30,7 @@
 pub mod balloon;
 pub mod block;
 mod buffers;
+pub mod console;
 mod device;
 #[cfg(test)]
 mod driver;
@@ -39,6 +40,7 @@ mod interrupt;
 mod memory;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue_state;
 mod ring;
 pub mod rng;
@@ -47,6 +49,7 @@ pub mod vsock;
 
 pub use balloon::{Balloon, BalloonSize, Reclaim};
 pub use buffers::{PIECES_MAX, Piece};
+pub use console::{Console, Line, TerminalSize};
 pub use device::{VirtioDevice, VirtioKind};
 pub use engine::Engine;
 pub use fault::Fault;
@@ -54,5 +57,6 @@ pub use interrupt::Interrupt;
 pub use memory::{DeviceMemory, GuestMemory, Memory};
 pub use mmio::VirtioMmio;
 pub use net::{Mac, Net, Offloads, Tap};
+pub use pmem::{Durable, Pmem, PmemPlace};
 pub use ring::{Chain, Ring};
 pub use vsock::{Cid, Vsock, VsockHost};

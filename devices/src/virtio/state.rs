@@ -4,7 +4,9 @@ use serde::{Deserialize, Serialize};
 
 pub use super::balloon::BalloonStateV1;
 pub use super::block::state::BlockStateV1;
+pub use super::console::ConsoleStateV1;
 pub use super::net::NetStateV1;
+pub use super::pmem::PmemStateV1;
 use super::queue_state::QueueStateV1;
 pub use super::vsock::VsockStateV1;
 
@@ -52,6 +54,12 @@ pub enum VirtioState {
     /// A disk.
     #[serde(rename = "block-v1")]
     Block(BlockStateV1),
+    /// A console.
+    #[serde(rename = "console-v1")]
+    Console(ConsoleStateV1),
+    /// Persistent memory.
+    #[serde(rename = "pmem-v1")]
+    Pmem(PmemStateV1),
 }
 
 impl VirtioState {
@@ -64,6 +72,8 @@ impl VirtioState {
             Self::Vsock(_) => "virtio-vsock",
             Self::Balloon(_) => "virtio-balloon",
             Self::Block(_) => "virtio-block",
+            Self::Console(_) => "virtio-console",
+            Self::Pmem(_) => "virtio-pmem",
         }
     }
 }

@@ -103,10 +103,12 @@ fn every_device_has_an_id_of_its_own() {
         ids,
         [
             "balloon",
+            "console",
             "debug-exit",
             "disk0",
             "keyboard-controller",
             "net0",
+            "pmem0",
             "power",
             "report",
             "reset",

@@ -8,7 +8,9 @@ use devices::state::{
     RtcStateV1, SerialStateV1, VmGenIdStateV1,
 };
 use devices::virtio::balloon::BalloonStateV1;
+use devices::virtio::console::ConsoleStateV1;
 use devices::virtio::net::NetStateV1;
+use devices::virtio::pmem::PmemStateV1;
 use devices::virtio::queue_state::QueueStateV1;
 use devices::virtio::state::{VirtioMmioStateV1, VirtioState};
 use devices::virtio::vsock::VsockStateV1;
@@ -159,6 +161,19 @@ fn virtio_block_v1_reads_and_writes_as_it_always_did() {
     let block = BlockStateV1 { sectors: 2048, read_only: false, flushes };
     let state = virtio(&[256, 256], 1 << 9, VirtioState::Block(block));
     check(12, include_str!("../golden/virtio-block-v1.json"), &state);
+}
+
+#[test]
+fn virtio_console_v1_reads_and_writes_as_it_always_did() {
+    let state = virtio(&[64, 64], 1, VirtioState::Console(ConsoleStateV1 { sent: 4100 }));
+    check(13, include_str!("../golden/virtio-console-v1.json"), &state);
+}
+
+#[test]
+fn virtio_pmem_v1_reads_and_writes_as_it_always_did() {
+    let pmem = PmemStateV1 { start: 0x1_0000_0000, size: 0x400_0000 };
+    let state = virtio(&[64], 0, VirtioState::Pmem(pmem));
+    check(14, include_str!("../golden/virtio-pmem-v1.json"), &state);
 }
 
 #[test]

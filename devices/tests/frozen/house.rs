@@ -9,8 +9,8 @@ use devices::virtio::block::{Block, BlockBackend, Completion, Disk, Operation, T
 use devices::virtio::rng::{Entropy, Rng};
 use devices::virtio::vsock::{Change, Cid, StreamId};
 use devices::virtio::{
-    Balloon, BalloonSize, DeviceMemory, GuestMemory, Memory, Net, Offloads, Piece, Reclaim, Tap, VirtioDevice,
-    VirtioMmio, Vsock, VsockHost,
+    Balloon, BalloonSize, Console, DeviceMemory, Durable, GuestMemory, Line, Memory, Net, Offloads, Piece, Pmem,
+    PmemPlace, Reclaim, Tap, TerminalSize, VirtioDevice, VirtioMmio, Vsock, VsockHost,
 };
 use devices::{
     DebugExit, Device, GuestMemorySize, InterruptLine, KeyboardController, MachineControl, MachineRequest, Power,
@@ -141,6 +141,28 @@ impl Reclaim for Unplugged {
     fn reclaim(&mut self, _: GuestAddress, _: u64) {}
 }
 
+impl Line for Unplugged {
+    fn write(&mut self, _: &[u8]) -> usize {
+        0
+    }
+
+    fn read(&mut self, _: &mut [u8]) -> usize {
+        0
+    }
+
+    fn size(&self) -> TerminalSize {
+        TerminalSize { columns: 80, rows: 25 }
+    }
+}
+
+impl Durable for Unplugged {
+    fn begin(&mut self, _: u64) {}
+
+    fn done(&mut self) -> Option<(u64, io::Result<()>)> {
+        None
+    }
+}
+
 fn cid() -> Cid {
     Cid::new(3).unwrap()
 }
@@ -189,6 +211,8 @@ fn block() -> Block {
     Block::new(disk, Box::<Image>::default())
 }
 
+const PMEM: PmemPlace = PmemPlace { start: 1 << 32, size: 64 << 20 };
+
 /// One of each device.
 pub(crate) struct House {
     pub(crate) world: Arc<World>,
@@ -200,7 +224,7 @@ pub(crate) struct House {
 /// The serial port's index.
 pub(crate) const SERIAL: usize = 0;
 /// How many devices a [`House`] has.
-pub(crate) const DEVICES: usize = 13;
+pub(crate) const DEVICES: usize = 15;
 
 impl House {
     /// All devices after a reset, at `now` nanoseconds since 1970.
@@ -225,6 +249,8 @@ impl House {
                 virtio("rng", Rng::new(Box::new(Unplugged)), &world),
                 generation_id(&world),
                 virtio("disk0", block(), &world),
+                virtio("console", Console::new(Box::new(Unplugged)), &world),
+                virtio("pmem0", Pmem::new(PMEM, Box::new(Unplugged)), &world),
             ],
             world,
         }

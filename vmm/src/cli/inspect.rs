@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::output::say;
 use super::survey::{Survey, survey};
 use super::{Environment, lineage, output};
-use crate::machine::config::VmConfig;
+use crate::machine::config::{ConsoleDevice, VmConfig};
 use crate::persistence::context::Standing;
 use crate::persistence::regions::VmRegions;
 
@@ -104,6 +104,9 @@ impl Inspection {
             config.net.iter().for_each(|card| line("net", card.to_string()));
             config.vsock.iter().for_each(|vsock| line("vsock", vsock.to_string()));
             line("serial", serde_json::to_string(&config.serial)?);
+            if config.console == ConsoleDevice::Virtio {
+                line("console", "virtio (hvc0)".to_owned());
+            }
         }
         for disk in self.config.iter().flat_map(|config| &config.disks) {
             line("disk", disk.to_string());

@@ -11,7 +11,7 @@ use super::{Environment, live, names, retention, survey};
 use crate::machine::config::disks::DiskConfig;
 use crate::machine::config::net::NetConfig;
 use crate::machine::config::vsock::VsockConfig;
-use crate::machine::config::{ByteSize, ClockPolicy, Kernel, SCHEMA, SerialTarget, VmConfig};
+use crate::machine::config::{ByteSize, ClockPolicy, ConsoleDevice, Kernel, SCHEMA, SerialTarget, VmConfig};
 use crate::persistence::recovery::assess;
 use crate::persistence::regions::{RegionsError, VmRegions};
 use crate::supervisor::launch::NAME;
@@ -84,6 +84,13 @@ pub(super) struct Args {
     /// The serial port: stdio, none, or a file to append to [default: stdio; none with --detach]
     #[arg(long, value_name = "stdio|FILE|none")]
     serial: Option<SerialTarget>,
+    /// Which device of the guest is there: serial (ttyS0) or virtio (hvc0; its serial port is shown as well) [default: serial]
+    ///
+    /// With virtio what is typed, also at `perdure console`, goes to hvc0 (virtio-console), for which the guest is told console=hvc0 on its kernel's
+    /// command line. What it writes to ttyS0, as a kernel does before its drivers are there, is shown in the same place. Lines of a terminal
+    /// are as long in the guest as they are here.
+    #[arg(long, value_name = "DEVICE")]
+    console: Option<ConsoleDevice>,
     /// The guest's clocks at an outage: continue, or realtime (jump over it) [default: continue]
     #[arg(long, value_name = "POLICY")]
     clock: Option<ClockPolicy>,
@@ -266,6 +273,7 @@ impl Args {
         config.swap = self.swap.or(config.swap);
         config.medium = self.medium.or(config.medium);
         config.clock = self.clock.unwrap_or(config.clock);
+        config.console = self.console.unwrap_or(config.console);
         config.rng |= self.rng;
         config.balloon |= self.balloon;
         if !self.disks.is_empty() {

@@ -144,6 +144,23 @@ impl FromStr for SerialTarget {
     }
 }
 
+/// Which device of the guest people see, and type to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConsoleDevice {
+    /// The serial port, `ttyS0`.
+    #[default]
+    Serial,
+    /// A virtio console, `hvc0`. What the guest writes to its serial port is shown as well.
+    Virtio,
+}
+
+impl ConsoleDevice {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// What a VM is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -175,6 +192,9 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// Where the serial port leads.
     pub serial: SerialTarget,
+    /// Which device people see there.
+    #[serde(skip_serializing_if = "ConsoleDevice::is_default")]
+    pub console: ConsoleDevice,
     /// What its clocks do at an outage.
     pub clock: ClockPolicy,
     /// Whether it has a source of randomness (virtio-rng).
@@ -212,6 +232,7 @@ impl Default for VmConfig {
             cmdline: String::new(),
             disks: Vec::new(),
             serial: SerialTarget::Stdio,
+            console: ConsoleDevice::default(),
             clock: ClockPolicy::default(),
             rng: false,
             balloon: false,

@@ -4,8 +4,8 @@
 //!   step       what                                        if it stood elsewhere
 //!   ─────────  ──────────────────────────────────────────  ─────────────────────────────────────────────────────────
 //!   stop       vCPUs leave the guest, accesses complete     before all: a running vCPU changes whatever is saved
-//!   quiesce    bytes under way reach their end or a queue,  after stop: the guest produces more until then
-//!              devices complete what is in flight
+//!   quiesce    devices complete what is in flight, bytes    after stop: the guest produces more until then
+//!              under way reach their end or a queue
 //!   devices    device state                                 before the interrupt controller: a device may still raise
 //!   cpus       vCPUs, interrupt controller, clock           after devices, see above
 //!   restoring  how far a restore that is under way is       before persist: what it says is there must be flushed
@@ -202,8 +202,9 @@ pub(super) fn hold_still(
     }
     took.stop_ns = steps.next()?;
 
-    surroundings.quiesce(output).map_err(FreezeError::Quiesce)?;
+    // Devices first: one of them may still print.
     machine.quiesce_devices(Instant::now() + DEVICES_REST).map_err(FreezeError::Machine)?;
+    surroundings.quiesce(output).map_err(FreezeError::Quiesce)?;
     took.quiesce_ns = steps.next()?;
 
     let devices = machine.save_devices();

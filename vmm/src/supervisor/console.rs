@@ -1,8 +1,11 @@
-//! The guest's serial line as people see it: a terminal, a file, attached clients; and bytes on their way.
+//! The guest's console as people see it: a terminal, a file, attached clients; and bytes on their way. In the guest it is a serial port, and a virtio
+//! console where the VM has one ([`hvc`]).
 //!
 //! Output never blocks a vCPU for longer than its reader does, and never blocks a freeze: what a slow reader has not
 //! taken waits in a bounded queue, a full queue holds the guest's CPU back (as flow control would), and a freeze takes
 //! the queue into the context. So no byte is lost at an outage, and none comes twice.
+
+mod hvc;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,7 +18,9 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
+use super::wake::Wake;
 use crate::persistence::context::ConsoleStateV1;
+use hvc::Hvc;
 
 /// How much output may wait for a slow reader, in bytes. What waits at a freeze must fit into the context.
 const PENDING_MOST: usize = 256 << 10;
@@ -43,6 +48,10 @@ struct Lines {
     clients: Vec<UnixStream>,
     /// A pause has been asked for: output must not wait now.
     hurry: bool,
+    /// Whoever writes on what a slow reader left.
+    wake: Option<Arc<Wake>>,
+    /// The guest's virtio console.
+    hvc: Option<Hvc>,
 }
 
 /// The serial line's far end. Clones share it.
@@ -87,8 +96,15 @@ impl Console {
             history: VecDeque::new(),
             clients: Vec::new(),
             hurry: false,
+            wake: None,
+            hvc: None,
         };
         Self { lines: Arc::new(Mutex::new(lines)), room: Arc::new(Condvar::new()) }
+    }
+
+    /// Whom to wake when output waits for a slow reader, so that [`Console::drain`] is called.
+    pub(super) fn wake_for_output(&self, wake: Arc<Wake>) {
+        self.lines().wake = Some(wake);
     }
 
     /// A console that only clients see.
@@ -135,7 +151,9 @@ impl Console {
 
     /// Takes the terminal away: output goes to clients alone from now on.
     pub fn leave_terminal(&self) {
-        self.lines().sink = Sink::Nowhere;
+        let mut lines = self.lines();
+        lines.sink = Sink::Nowhere;
+        lines.ring();
     }
 
     /// Takes what was typed; returns how much there was room for.
@@ -144,6 +162,7 @@ impl Console {
         let mut lines = self.lines();
         let room = (INPUT_MOST - lines.input.len().min(INPUT_MOST)).min(bytes.len());
         lines.input.extend(&bytes[..room]);
+        lines.ring();
         room
     }
 
@@ -164,7 +183,10 @@ impl Console {
     /// Writes on what a slow reader left. Whether any is left still.
     #[must_use]
     pub fn drain(&self) -> bool {
-        let left = self.lines().drain();
+        let mut lines = self.lines();
+        let left = lines.drain();
+        lines.let_hvc_go_on();
+        drop(lines);
         self.room.notify_all();
         left
     }
@@ -188,6 +210,7 @@ impl Console {
         let mut lines = self.lines();
         lines.input = input.iter().copied().collect();
         lines.emit(output);
+        lines.release_hvc();
     }
 
     /// Makes output durable that went to a file.
@@ -219,7 +242,11 @@ impl Lines {
         self.clients.retain_mut(|client| client.write_all(bytes).is_ok());
         if !matches!(self.sink, Sink::Nowhere) {
             self.pending.extend(bytes);
-            self.drain();
+            if self.drain()
+                && let Some(wake) = &self.wake
+            {
+                wake.ring();
+            }
         }
     }
 

@@ -44,7 +44,7 @@ use ram_budget::{Place, RamBudget};
 use terminal::Keyboard;
 use wake::Wake;
 
-use crate::machine::config::{ByteSize, SerialTarget};
+use crate::machine::config::{ByteSize, ConsoleDevice, SerialTarget};
 use crate::machine::jail::{self, Role};
 use crate::machine::kvm::{Host, KvmError, VcpuFailure};
 use crate::machine::{Machine, MachineError, MachineEvent, Wiring};
@@ -159,14 +159,15 @@ impl Inboxes {
         })
     }
 
-    fn wiring(&self, console: &Console) -> Wiring {
+    fn wiring(&self, console: &Console) -> std::io::Result<Wiring> {
         let (sender, wake) = (self.machine_sender.clone(), Arc::clone(&self.wake));
         let events = move |event| {
             // The supervisor has ended if nobody receives.
             let _ = sender.send(event);
             wake.ring();
         };
-        Wiring { serial_output: Box::new(console.output()), events: Arc::new(events), attachments: Vec::new() }
+        let attachments = console.attachment()?.into_iter().collect();
+        Ok(Wiring { serial_output: Box::new(console.output()), events: Arc::new(events), attachments })
     }
 }
 
@@ -242,7 +243,12 @@ impl Supervisor {
             SerialTarget::Stdio | SerialTarget::None => Console::detached(),
             SerialTarget::File(path) => Console::file(path)?,
         };
-        let wiring = inboxes.wiring(&console);
+        console.wake_for_output(Arc::clone(&inboxes.wake));
+        if regions.config().console == ConsoleDevice::Virtio {
+            let resumes = matches!(beginning, Beginning::Resume { .. });
+            console.join_hvc(resumes).map_err(system("join the console to its device"))?;
+        }
+        let wiring = inboxes.wiring(&console).map_err(system("join the console to its device"))?;
         regions.tell_of_paging(inboxes.of_paging());
         let (machine, state) = match beginning {
             Beginning::Boot => (boot(&pool, &mut regions, wiring)?, State::Created.after(Event::Start)),
@@ -429,7 +435,10 @@ impl Supervisor {
         self.machine.quiesce_devices(Instant::now() + DEVICES_REST)?;
         // A kernel is loaded to any place.
         self.machine.ram().bring_in().map_err(CaptureError::Memory)?;
-        let mut machine = self.regions.assemble(Host::open()?, self.inboxes.wiring(&self.console))?;
+        let doing = "join the console to its device";
+        let wiring = self.inboxes.wiring(&self.console);
+        let wiring = wiring.map_err(|source| SupervisorError::System { doing, source })?;
+        let mut machine = self.regions.assemble(Host::open()?, wiring)?;
         machine.boot()?;
         self.generations.machine_changes(&self.machine, &machine)?;
         machine.run()?;
@@ -509,7 +518,11 @@ impl Supervisor {
     fn wait(&mut self) -> Result<(), SupervisorError> {
         let output_waits = self.console.drain();
         self.keyboard.retry(&self.console);
-        let input_waits = self.console.offer_input(|bytes| self.machine.devices().receive_serial(bytes));
+        let input_waits = match self.machine.config().console {
+            ConsoleDevice::Serial => self.console.offer_input(|bytes| self.machine.devices().receive_serial(bytes)),
+            // Its device takes what there is.
+            ConsoleDevice::Virtio => self.console.is_input_full(),
+        };
         let offer = (input_waits || output_waits).then_some(OFFER_EVERY);
         let timeout = offer.into_iter().chain(self.generations.due_in()).min();
         let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());

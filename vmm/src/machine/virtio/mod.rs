@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::virtio::mmio::{QUEUE_NOTIFY, SIZE};
 use devices::virtio::rng::Rng;
-use devices::virtio::{Memory, VirtioDevice, VirtioMmio};
+use devices::virtio::{Console, Line, Memory, VirtioDevice, VirtioMmio};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::boot::layout::VIRTIO_MMIO_START;
@@ -42,6 +42,12 @@ pub struct Attachment {
     pub device: Box<dyn VirtioDevice>,
     /// What of the host it listens to, by number.
     pub sources: Vec<OwnedFd>,
+}
+
+/// A console on `line`. `sources`: that there is input or room for output, and that the terminal has another size.
+#[must_use]
+pub fn console(line: Box<dyn Line>, sources: Vec<OwnedFd>) -> Attachment {
+    Attachment { id: "console".to_owned(), device: Box::new(Console::new(line)), sources }
 }
 
 /// The source of randomness.
