@@ -111,6 +111,9 @@ impl Inspection {
         for disk in self.config.iter().flat_map(|config| &config.disks) {
             line("disk", disk.to_string());
         }
+        for pmem in self.config.iter().flat_map(|config| &config.pmem) {
+            line("pmem", pmem.to_string());
+        }
         for region in &self.regions {
             line(
                 "region",

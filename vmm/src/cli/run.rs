@@ -10,6 +10,7 @@ use super::output::say;
 use super::{Environment, live, names, retention, survey};
 use crate::machine::config::disks::DiskConfig;
 use crate::machine::config::net::NetConfig;
+use crate::machine::config::pmem::PmemConfig;
 use crate::machine::config::vsock::VsockConfig;
 use crate::machine::config::{ByteSize, ClockPolicy, ConsoleDevice, Kernel, SCHEMA, SerialTarget, VmConfig};
 use crate::persistence::recovery::assess;
@@ -81,6 +82,13 @@ pub(super) struct Args {
     /// hold memory and the disks of the pool; `resume --generation` refuses a VM with an image that it can write, unless forced.
     #[arg(long = "disk", value_name = "NAME:SIZE[,from=FILE]|PATH[,ro]")]
     disks: Vec<DiskConfig>,
+    /// Persistent memory of the guest, as in log:256M (a region of the pool); again for each further one
+    ///
+    /// The guest finds them as /dev/pmem0, … (virtio-pmem), in the order given, behind its memory: a file system that is mounted with -o dax maps files straight
+    /// from the region. NAME:SIZE is the region VM/NAME of the pool: made with the VM, zeros at first, kept when its guest ends, removed with it. What the guest
+    /// flushes (fsync, msync) is durable on the region's medium; a freeze makes all of it durable; generations hold it with the memory.
+    #[arg(long = "pmem", value_name = "NAME:SIZE")]
+    pmem: Vec<PmemConfig>,
     /// The serial port: stdio, none, or a file to append to [default: stdio; none with --detach]
     #[arg(long, value_name = "stdio|FILE|none")]
     serial: Option<SerialTarget>,
@@ -238,6 +246,16 @@ fn reuse(pool: &Pool, name: &str, config: &VmConfig) -> anyhow::Result<VmRegions
             "VM {name} has these disks in the pool: {has}; not {wanted}: that cannot change; `perdure remove {name}` first"
         );
     }
+    if config.pmem != regions.config().pmem {
+        let in_words = |config: &VmConfig| {
+            let pmem: Vec<_> = config.pmem.iter().map(ToString::to_string).collect();
+            if pmem.is_empty() { "none".to_owned() } else { pmem.join(", ") }
+        };
+        let (has, wanted) = (in_words(regions.config()), in_words(config));
+        bail!(
+            "VM {name} has this persistent memory: {has}; not {wanted}: that cannot change; `perdure remove {name}` first"
+        );
+    }
     // Said now and not then, or the reverse, it would be another division of memory.
     let medium = regions.config().medium;
     let disks = config.disks.iter().cloned().map(DiskConfig::made).collect();
@@ -278,6 +296,9 @@ impl Args {
         config.balloon |= self.balloon;
         if !self.disks.is_empty() {
             config.disks = self.disks.iter().map(absolute).collect::<anyhow::Result<_>>()?;
+        }
+        if !self.pmem.is_empty() {
+            config.pmem.clone_from(&self.pmem);
         }
         if !self.net.is_empty() {
             config.net.clone_from(&self.net);

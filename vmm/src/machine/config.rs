@@ -3,6 +3,7 @@
 pub mod disks;
 pub mod generations;
 pub mod net;
+pub mod pmem;
 #[cfg(test)]
 mod schema;
 pub mod vsock;
@@ -19,6 +20,7 @@ use super::memory::PAGE_SIZE;
 use disks::{DiskConfig, DisksError};
 use generations::GenerationsConfig;
 use net::{MAX_CARDS, NetConfig, NetConfigError};
+use pmem::{PmemConfig, PmemError};
 use vsock::{VsockConfig, VsockConfigError};
 
 /// The JSON schema of [`VmConfig`], as `--config` reads it.
@@ -190,6 +192,9 @@ pub struct VmConfig {
     /// Its disks, in the order in which the guest finds them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
+    /// Its persistent memory, in the order in which the guest finds it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<PmemConfig>,
     /// Where the serial port leads.
     pub serial: SerialTarget,
     /// Which device people see there.
@@ -231,6 +236,7 @@ impl Default for VmConfig {
             kernel: Kernel::Guest("counter".to_owned()),
             cmdline: String::new(),
             disks: Vec::new(),
+            pmem: Vec::new(),
             serial: SerialTarget::Stdio,
             console: ConsoleDevice::default(),
             clock: ClockPolicy::default(),
@@ -288,6 +294,9 @@ pub enum ConfigError {
     /// Disks.
     #[error(transparent)]
     Disks(#[from] DisksError),
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// A network card.
     #[error(transparent)]
     Net(#[from] NetConfigError),
@@ -328,6 +337,7 @@ impl VmConfig {
         }
         self.validate_ram()?;
         disks::validate(&self.disks)?;
+        pmem::validate(&self.pmem, &self.disks, memory)?;
         if let Some(interval) = self.snapshot_every_ms.filter(|interval| *interval < MIN_INTERVAL_MS) {
             return Err(ConfigError::Interval(interval));
         }

@@ -273,7 +273,11 @@ fn shared(device: impl Device + 'static) -> SharedDevice {
 
 fn memory_size(ram: &GuestRam) -> GuestMemorySize {
     let within = |start: u64, end: u64| {
-        ram.ranges().iter().filter(|range| (start..end).contains(&range.guest_address)).map(|range| range.length).sum()
+        ram.ram_ranges()
+            .iter()
+            .filter(|range| (start..end).contains(&range.guest_address))
+            .map(|range| range.length)
+            .sum()
     };
     GuestMemorySize { below_4g: within(0, MMIO_GAP_START), above_4g: within(MMIO_GAP_END, u64::MAX) }
 }

@@ -246,7 +246,7 @@ mod tests {
 
     fn machine(guest: &str, cmdline: &str, cpus: u32, witness: Witness) -> Machine {
         let memory = Box::new(Anonymous::new(MEMORY).unwrap());
-        let ram = GuestRam::place_watched_by(memory, witness).unwrap();
+        let ram = GuestRam::place_watched_by(memory, Vec::new(), witness).unwrap();
         let config = VmConfig {
             cpus,
             memory: ByteSize(MEMORY as u64),

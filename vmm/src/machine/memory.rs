@@ -1,4 +1,5 @@
-//! Guest RAM: host memory, placed at guest physical addresses on both sides of the hole below 4 GiB.
+//! Guest RAM: host memory, placed at guest physical addresses on both sides of the hole below 4 GiB. And persistent memory behind it, which is no
+//! RAM to the guest and the same to everything that watches and copies what the guest writes.
 
 use std::sync::{Arc, OnceLock};
 
@@ -143,14 +144,27 @@ pub struct RamRange {
     pub length: u64,
 }
 
-/// The RAM of a VM. The host memory stays mapped for as long as this lives.
+/// Persistent memory to be placed behind RAM: host memory that does not move.
+#[derive(Debug)]
+pub struct Pmem {
+    /// What it is called in generations.
+    pub name: String,
+    /// Where it lies.
+    pub host: Box<dyn HostMemory>,
+}
+
+/// The RAM of a VM, and its persistent memory. The host memory stays mapped for as long as this lives.
+///
+/// Pages are numbered through: those of RAM as they lie in its region, then those of each piece of persistent memory.
 #[derive(Debug)]
 pub struct GuestRam {
     memory: GuestMemory,
+    /// RAM's, and behind them those of persistent memory.
     ranges: Vec<RamRange>,
     host: Box<dyn HostMemory>,
+    pmem: Vec<Pmem>,
     witness: Witness,
-    watch: OnceLock<WriteWatch>,
+    watch: OnceLock<Vec<WriteWatch>>,
 }
 
 impl GuestRam {
@@ -159,7 +173,15 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError`].
     pub fn place(host: Box<dyn HostMemory>) -> Result<Arc<Self>, MemoryError> {
-        Self::place_watched_by(host, Witness::chosen())
+        Self::place_with(host, Vec::new())
+    }
+
+    /// As [`GuestRam::place`], with `pmem` behind it.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn place_with(host: Box<dyn HostMemory>, pmem: Vec<Pmem>) -> Result<Arc<Self>, MemoryError> {
+        Self::place_watched_by(host, pmem, Witness::chosen())
     }
 
     /// As [`GuestRam::place`], with a witness of the guest's writes of the caller's choice; memory whose mappings change has KVM's log in
@@ -167,9 +189,15 @@ impl GuestRam {
     ///
     /// # Errors
     /// [`MemoryError`].
-    pub fn place_watched_by(host: Box<dyn HostMemory>, witness: Witness) -> Result<Arc<Self>, MemoryError> {
+    pub fn place_watched_by(
+        host: Box<dyn HostMemory>,
+        pmem: Vec<Pmem>,
+        witness: Witness,
+    ) -> Result<Arc<Self>, MemoryError> {
         let size = host.len() as u64;
         let (low, high) = layout::ram_ranges(size);
+        let sizes = pmem.iter().map(|pmem| pmem.host.len() as u64);
+        let behind = layout::pmem_ranges(size, sizes).ok_or(MemoryError::Place(size))?;
         let mut ranges = Vec::new();
         let mut regions = Vec::new();
         let mut offset = 0;
@@ -181,15 +209,32 @@ impl GuestRam {
             ranges.push(RamRange { guest_address: guest.start, host_address: pointer as u64, length });
             offset += usize::try_from(length).map_err(|_| MemoryError::Place(size))?;
         }
+        for (guest, pmem) in behind.into_iter().zip(&pmem) {
+            let (pointer, length) = (pmem.host.as_ptr(), guest.end - guest.start);
+            regions.push(region(pointer, guest.start, length)?);
+            ranges.push(RamRange { guest_address: guest.start, host_address: pointer as u64, length });
+        }
         let memory = GuestMemory::from_regions(regions).map_err(|_| MemoryError::Place(size))?;
         let witness = if host.is_fixed() { witness } else { Witness::KvmLog };
-        Ok(Arc::new(Self { memory, ranges, host, witness, watch: OnceLock::new() }))
+        Ok(Arc::new(Self { memory, ranges, host, pmem, witness, watch: OnceLock::new() }))
+    }
+
+    /// Where all of it lies: RAM, and behind it persistent memory.
+    #[must_use]
+    pub fn ranges(&self) -> &[RamRange] {
+        &self.ranges
     }
 
     /// Where the RAM lies.
     #[must_use]
-    pub fn ranges(&self) -> &[RamRange] {
-        &self.ranges
+    pub fn ram_ranges(&self) -> &[RamRange] {
+        self.ranges.get(..self.ranges.len() - self.pmem.len()).unwrap_or_default()
+    }
+
+    /// Where persistent memory lies, by name.
+    pub fn pmem_ranges(&self) -> impl Iterator<Item = (&str, &RamRange)> {
+        let ranges = self.ranges.iter().skip(self.ranges.len() - self.pmem.len());
+        self.pmem.iter().map(|pmem| pmem.name.as_str()).zip(ranges)
     }
 
     /// For reading and writing the guest's memory with its addresses checked.
@@ -198,10 +243,16 @@ impl GuestRam {
         &self.memory
     }
 
-    /// How many pages there are.
+    /// How many pages there are, those of persistent memory included.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.ranges.iter().map(|range| range.length / PAGE_SIZE).sum()
+    }
+
+    /// How many pages of RAM there are: they are the first.
+    #[must_use]
+    pub fn ram_pages(&self) -> u64 {
+        self.ram_ranges().iter().map(|range| range.length / PAGE_SIZE).sum()
     }
 
     /// Copies whole pages out of the RAM, from page `first` on, as they lie in the region. If the guest writes meanwhile, a page may
@@ -216,22 +267,35 @@ impl GuestRam {
         if first + count > self.pages() {
             return Err(beyond());
         }
-        if self.host.copy_out(at, into).map_err(MemoryError::Absent)? {
-            return Ok(());
-        }
-        self.host.bring_in(at, into.len() as u64).map_err(MemoryError::Absent)?;
+        // RAM may have to be brought in; persistent memory, which is behind it, is there.
+        let in_ram = (self.ram_pages() * PAGE_SIZE).saturating_sub(at).min(into.len() as u64);
+        let (ram, behind) = into.split_at_mut(usize::try_from(in_ram).map_err(|_| beyond())?);
+        let rest = if ram.is_empty() {
+            behind
+        } else if self.host.copy_out(at, ram).map_err(MemoryError::Absent)? {
+            at += in_ram;
+            behind
+        } else {
+            self.host.bring_in(at, in_ram).map_err(MemoryError::Absent)?;
+            into
+        };
+        self.read(at, rest).map_err(|()| beyond())
+    }
+
+    /// Reads what is there, from byte `at` on, all pages one behind the other.
+    fn read(&self, mut at: u64, into: &mut [u8]) -> Result<(), ()> {
         let mut rest = into;
         for range in &self.ranges {
             if at < range.length && !rest.is_empty() {
                 let here = usize::try_from(range.length - at).unwrap_or(usize::MAX).min(rest.len());
                 let (now, later) = rest.split_at_mut(here);
-                self.memory.read_slice(now, GuestAddress(range.guest_address + at)).map_err(|_| beyond())?;
+                self.memory.read_slice(now, GuestAddress(range.guest_address + at)).map_err(|_| ())?;
                 (rest, at) = (later, 0);
             } else {
                 at = at.saturating_sub(range.length);
             }
         }
-        if rest.is_empty() { Ok(()) } else { Err(beyond()) }
+        if rest.is_empty() { Ok(()) } else { Err(()) }
     }
 
     /// Makes sure that all of it is there: before the VMM writes to it at addresses of its own choice.
@@ -251,17 +315,18 @@ impl GuestRam {
     pub(super) fn give_up(&self, start: GuestAddress, length: u64) {
         let Some(end) = start.0.checked_add(length) else { return };
         let mut offset = 0;
-        for range in &self.ranges {
+        // Not of persistent memory, whatever a guest says.
+        for range in self.ram_ranges() {
             let (first, past) = (start.0.max(range.guest_address), end.min(range.guest_address + range.length));
             if first < past {
                 self.host.give_up(offset + (first - range.guest_address), past - first);
+                // What a generation holds of it is not what is there any more.
+                let length = usize::try_from(past - first).unwrap_or(usize::MAX);
+                for piece in self.memory.get_slices(GuestAddress(first), length).flatten() {
+                    piece.bitmap().mark_dirty(0, piece.len());
+                }
             }
             offset += range.length;
-        }
-        // What a generation holds of it is not what is there any more.
-        let length = usize::try_from(length).unwrap_or(usize::MAX);
-        for piece in self.memory.get_slices(start, length).flatten() {
-            piece.bitmap().mark_dirty(0, piece.len());
         }
     }
 
@@ -274,16 +339,25 @@ impl GuestRam {
     /// Begins to watch all of it, whoever writes. Twice is once.
     pub(super) fn watch(&self) -> std::io::Result<()> {
         if self.watch.get().is_none() {
+            let hosts = std::iter::once(&self.host).chain(self.pmem.iter().map(|pmem| &pmem.host));
+            let watches = hosts.map(|host| WriteWatch::start(host.as_ptr(), host.len()));
             // Two at once cannot be: the kernel refuses the second.
-            let _ = self.watch.set(WriteWatch::start(self.host.as_ptr(), self.host.len())?);
+            let _ = self.watch.set(watches.collect::<Result<_, _>>()?);
         }
         Ok(())
     }
 
     /// Adds the pages that were written since the last call, or since [`GuestRam::watch`], whose watch this is.
     pub(super) fn take_watched(&self, into: &mut PageSet) -> std::io::Result<()> {
-        let Some(watch) = self.watch.get() else { return Ok(()) };
-        watch.collect(&mut |run| run.for_each(|page| into.insert(page)))
+        let behind = self.pmem_ranges().scan(self.ram_pages(), |next, (_, range)| {
+            let first = *next;
+            *next += range.length / PAGE_SIZE;
+            Some(first)
+        });
+        for (first, watch) in std::iter::once(0).chain(behind).zip(self.watch.get().into_iter().flatten()) {
+            watch.collect(&mut |run| run.for_each(|page| into.insert(first + page)))?;
+        }
+        Ok(())
     }
 
     /// Adds the pages that the VMM itself wrote since the last call; each is told once.
@@ -308,7 +382,7 @@ impl devices::virtio::DeviceMemory for GuestRam {
 
     fn bring_in(&self, start: GuestAddress, length: u64) -> std::io::Result<()> {
         let mut offset = 0;
-        for range in &self.ranges {
+        for range in self.ram_ranges() {
             if let Some(at) = start.0.checked_sub(range.guest_address).filter(|at| *at < range.length) {
                 // What is beyond is no memory, or begins anew behind the hole: whoever accesses it is told so.
                 let here = length.min(range.length - at);
@@ -363,6 +437,56 @@ mod tests {
         written.clear();
         ram.take_written(&mut written);
         assert!(written.is_empty());
+    }
+
+    #[test]
+    fn persistent_memory_is_behind_ram_and_its_pages_behind_those_of_ram() {
+        let anonymous = |size: usize| Box::new(Anonymous::new(size).unwrap());
+        let pmem = |name: &str, size| Pmem { name: name.to_owned(), host: anonymous(size) };
+        let ram = GuestRam::place_with(anonymous(1 << 20), vec![pmem("log", 2 << 20), pmem("data", 4 << 20)]).unwrap();
+        let placed: Vec<_> = ram.pmem_ranges().map(|(name, range)| (name, range.guest_address, range.length)).collect();
+        assert_eq!(placed, [("log", 4 << 30, 2 << 20), ("data", 5 << 30, 4 << 20)]);
+        assert_eq!((ram.ram_ranges().len(), ram.ram_pages(), ram.pages()), (1, 256, 256 + 512 + 1024));
+        for (address, value) in [((1 << 20) - 8, 1_u64), (4 << 30, 2), ((4 << 30) + (2 << 20) - 8, 3), (5 << 30, 4)] {
+            ram.memory().write_obj(value, GuestAddress(address)).unwrap();
+        }
+        let mut bytes = vec![0; 514 * PAGE_SIZE as usize];
+        ram.copy_pages(255, &mut bytes).unwrap();
+        let found = [4088, 4096, 513 * 4096 - 8, 513 * 4096].map(|at| bytes[at]);
+        assert_eq!(found, [1, 2, 3, 4]);
+        let mut written = PageSet::new(ram.pages());
+        ram.take_written(&mut written);
+        assert!(written.runs().eq([255..257, 767..769]), "{written:?}");
+        assert!(ram.copy_pages(ram.pages() - 1, &mut bytes).is_err());
+    }
+
+    #[derive(Debug)]
+    struct Keeping(Anonymous, Arc<std::sync::Mutex<Vec<(u64, u64)>>>);
+
+    // SAFETY: as for what it is made of.
+    unsafe impl HostMemory for Keeping {
+        fn as_ptr(&self) -> *mut u8 {
+            self.0.as_ptr()
+        }
+
+        fn len(&self) -> usize {
+            self.0.len()
+        }
+
+        fn give_up(&self, offset: u64, length: u64) {
+            self.1.lock().unwrap().push((offset, length));
+        }
+    }
+
+    #[test]
+    fn a_guest_cannot_give_its_persistent_memory_away() {
+        let given = Arc::<std::sync::Mutex<Vec<_>>>::default();
+        let host = |size| Box::new(Keeping(Anonymous::new(size).unwrap(), Arc::clone(&given)));
+        let pmem = Pmem { name: "log".to_owned(), host: host(2 << 20) };
+        let ram = GuestRam::place_with(host(1 << 20), vec![pmem]).unwrap();
+        ram.give_up(GuestAddress(4 << 30), 4096);
+        ram.give_up(GuestAddress(8192), 4096);
+        assert_eq!(*given.lock().unwrap(), [(8192, 4096)]);
     }
 
     #[test]

@@ -15,11 +15,13 @@
 //!                               to the store; one commit                 the guest's
 //! ```
 //!
-//! Disks of the pool are of the same moment, but nothing of them is copied in the pause: what the guest overwrites while the generation is
+//! Persistent memory is watched and copied as RAM is. Disks of the pool are of the same moment, but nothing of them is copied in the pause: what the guest overwrites while the generation is
 //! stored is copied just before ([`Moment`](crate::machine::virtio::disk::Moment)).
 //!
 //! A generation that could not be stored leaves its pages with [`Capture::into_pages`]: the watch has forgotten them, so
 //! the next generation must be given them, or it would lack them.
+
+mod parts;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -29,14 +31,15 @@ use snapshot::{GenerationId, NewGeneration, Origin, Parent, RegionKey, RegionSpe
 
 use super::context::{self, ContextV1, FrozenV1, Standing};
 use super::freeze::{self, FreezeError, Output, StillSteps, Stopwatch, Surroundings, Vcpus};
-use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, GenerationsError, KIND_DISK, REGION_RAM};
+use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, GenerationsError, KIND_DISK};
 use super::regions::VmRegions;
 use crate::machine::Machine;
 use crate::machine::dirty::{DirtyTracker, PageSet};
 use crate::machine::kvm::KvmError;
-use crate::machine::memory::{MemoryError, PAGE_SIZE};
+use crate::machine::memory::{GuestRam, MemoryError, PAGE_SIZE};
 use crate::machine::time::nanoseconds;
 use crate::machine::virtio::disk;
+use parts::Parts;
 
 /// Bytes copied out of RAM at a time while the guest runs.
 const CHUNK: usize = 4 << 20;
@@ -207,7 +210,7 @@ pub struct Moment {
 #[derive(Debug)]
 pub struct Capture {
     writer: Writer,
-    ram: RegionKey,
+    parts: Parts,
     tracker: DirtyTracker,
     /// What the watch has told since `base`, and will not tell again.
     told: PageSet,
@@ -239,17 +242,17 @@ impl Capture {
             origin: wanted.origin,
         };
         let pages = tracker.ram().pages();
-        let (writer, ram) = match open(store, new.clone(), pages) {
+        let (writer, parts) = match open(store, new.clone(), tracker.ram()) {
             // The generation before is damaged. This one looks at every page, so it can do without.
             Err(StoreError::Damaged { what }) if full => {
                 tracing::warn!("{}: the newest generation cannot be built on: {what}", wanted.lineage);
-                open(store, NewGeneration { parent: Parent::None, ..new }, pages)?
+                open(store, NewGeneration { parent: Parent::None, ..new }, tracker.ram())?
             }
             other => other?,
         };
         let told = wanted.carried.clone().unwrap_or_else(|| PageSet::new(pages));
         let base = wanted.base.clone();
-        Ok(Self { writer, ram, tracker, told, full, base, pages_before: 0, begun, chunk: Vec::new() })
+        Ok(Self { writer, parts, tracker, told, full, base, pages_before: 0, begun, chunk: Vec::new() })
     }
 
     /// Copies what can be copied while the guest runs. `room` is made ready for what is left.
@@ -304,7 +307,7 @@ impl Capture {
                 check(cancel)?;
                 chunk.resize(((run.end - first).min(most) * PAGE_SIZE) as usize, 0);
                 self.tracker.ram().copy_pages(first, &mut chunk)?;
-                self.writer.put_run(self.ram, first, &chunk)?;
+                self.parts.put_run(&mut self.writer, first, &chunk)?;
             }
         }
         self.chunk = chunk;
@@ -313,7 +316,7 @@ impl Capture {
         Ok(count)
     }
 
-    /// All of RAM, in long runs; zeros are told, not put.
+    /// All of RAM and of what is behind it, in long runs; zeros are told, not put.
     fn copy_everything(&mut self, cancel: &AtomicBool, progress: Progress<'_>) -> Result<(), CaptureError> {
         let pages = self.told.bound();
         let inherits = self.writer.parent().is_some();
@@ -331,7 +334,7 @@ impl Capture {
                 }
                 self.tell_zeros(zeros.take(), start + first, inherits)?;
                 let range = (first * PAGE_SIZE) as usize..((first + length) * PAGE_SIZE) as usize;
-                self.writer.put_run(self.ram, start + first, &bytes[range])?;
+                self.parts.put_run(&mut self.writer, start + first, &bytes[range])?;
                 self.pages_before += length;
             }
             progress(start + count, pages);
@@ -341,7 +344,7 @@ impl Capture {
 
     fn tell_zeros(&mut self, from: Option<u64>, to: u64, inherits: bool) -> Result<(), CaptureError> {
         match from {
-            Some(from) if inherits && from < to => Ok(self.writer.zero_run(self.ram, from, to - from)?),
+            Some(from) if inherits && from < to => Ok(self.parts.zero_run(&mut self.writer, &(from..to))?),
             _ => Ok(()),
         }
     }
@@ -388,7 +391,7 @@ impl Capture {
             check(cancel)?;
             let length = ((run.end - run.start) * PAGE_SIZE) as usize;
             let bytes = moment.room.0.get(at..at + length).ok_or(CaptureError::NoRoom(moment.pages.count()))?;
-            self.writer.put_run(self.ram, run.start, bytes)?;
+            self.parts.put_run(&mut self.writer, run.start, bytes)?;
             at += length;
         }
         moment.disks.iter().try_for_each(|disk| self.put_disk(disk, cancel))?;
@@ -449,11 +452,10 @@ pub struct Failed {
     pub pages: PageSet,
 }
 
-fn open(store: &Store, new: NewGeneration, pages: u64) -> Result<(Writer, RegionKey), StoreError> {
+fn open(store: &Store, new: NewGeneration, ram: &GuestRam) -> Result<(Writer, Parts), StoreError> {
     let mut writer = store.begin(new)?;
-    let spec = RegionSpec { name: REGION_RAM.to_owned(), kind: "ram".to_owned(), size: pages * PAGE_SIZE };
-    let ram = writer.region(&spec)?;
-    Ok((writer, ram))
+    let parts = Parts::begin(&mut writer, ram)?;
+    Ok((writer, parts))
 }
 
 /// All that is not in `pages` is zeros.

@@ -15,7 +15,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use allocator::{Kind, MediumKind, Pool, Region, RegionError, RegionName, RegionSpec};
+use allocator::{Kind, MediumKind, Pool, Region, RegionName, RegionSpec};
 use devices::virtio::block::SECTOR;
 
 use super::regions::{self, RegionsError};
@@ -231,22 +231,6 @@ impl Disks {
         self.images.iter().flatten().try_for_each(|image| {
             image.flush().map_err(|source| DiskError::Flush { name: image.name().to_owned(), source })
         })
-    }
-
-    /// Says that those of the pool are what they were at context `sequence`. They must be durable.
-    pub(super) fn stamp_clean(&self, sequence: u64) -> Result<(), RegionError> {
-        self.leased.iter().try_for_each(|(_, region)| region.stamp_clean(sequence))
-    }
-
-    /// Says that they are no context's any more.
-    pub(super) fn clear_stamp(&self) -> Result<(), RegionError> {
-        self.leased.iter().try_for_each(|(_, region)| region.clear_stamp())
-    }
-
-    /// Those of the pool that are not what they were at context `sequence`, with their stamp.
-    pub(super) fn strays(&self, sequence: u64) -> impl Iterator<Item = (&str, Option<u64>)> {
-        let stamps = self.leased.iter().map(|(name, region)| (name.as_str(), region.is_clean()));
-        stamps.filter(move |(_, stamp)| *stamp != Some(sequence))
     }
 }
 

@@ -12,8 +12,8 @@
 //!              (paged memory: nothing moves any more)       after stop: until then a vCPU may wait for what is moved
 //!   persist    regions reach their medium                   before the context: a context must never name unsaved RAM
 //!   context    the other slot is written, durable           before the stamp: a stamp must never name a missing context
-//!   stamp      clean@N in the headers of disks and RAM,     last: it is what makes the context count
-//!              RAM's last, durable
+//!   stamp      clean@N in the headers of disks, persistent  last: it is what makes the context count
+//!              memory and RAM, RAM's last, durable
 //! ```
 //!
 //! The first four steps are [`hold_still`], and [`super::capture`] uses them, too: a generation is the same moment, stored elsewhere.
@@ -153,7 +153,7 @@ pub fn freeze(
     regions.hold_paging(true);
     let restoring = regions.restoring();
     let Persisted { bytes, paged } = regions.persist_memory()?;
-    regions.persist_disks().map_err(RegionsError::from)?;
+    regions.persist_storage()?;
     took.persist_ns = steps.next()?;
 
     let sequence = regions.next_sequence();

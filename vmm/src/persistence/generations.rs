@@ -4,7 +4,7 @@
 //!   <pool>/generations/<family>/    a store (crate `snapshot`); a family is a VM and its forks
 //!       lineage <name of the VM>    its generations, numbered
 //!           region "ram"            guest memory, page by page, in the order of the RAM region
-//!           region NAME             the disk NAME of the pool, of kind "disk"
+//!           region NAME             the disk NAME of the pool, of kind "disk", or persistent memory, of kind "pmem"
 //!           blob "context"          the volatile state: a ContextV1 in JSON
 //!           blob "config"           what the VM is made of: a VmConfig in JSON
 //! ```
@@ -27,6 +27,8 @@ pub const BLOB_CONFIG: &str = "config";
 pub const REGION_RAM: &str = "ram";
 /// The kind of a region with a disk.
 pub const KIND_DISK: &str = "disk";
+/// The kind of a region with persistent memory.
+pub const KIND_PMEM: &str = "pmem";
 
 /// Why a store of generations cannot be had.
 #[derive(Debug, thiserror::Error)]

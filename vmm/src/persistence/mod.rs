@@ -7,6 +7,7 @@ pub mod freeze;
 pub mod generations;
 pub mod lifecycle;
 pub mod paging;
+pub mod pmem;
 pub mod recovery;
 pub mod regions;
 pub mod restoring;

@@ -20,9 +20,9 @@ pub enum Doubt {
         /// The context's number.
         context: u64,
     },
-    /// A disk is not that of the context.
+    /// A disk, or persistent memory, is not that of the context.
     #[error(
-        "its memory is that of context {context}, and its disk {disk} is {found}: it was exchanged, or written to meanwhile. \
+        "its memory is that of context {context}, and its storage {disk} is {found}: it was exchanged, or written to meanwhile. \
          `perdure run` boots it anew from its disks"
     )]
     Disk {
@@ -67,7 +67,7 @@ impl Doubt {
                 format!("its memory was cut off while it ran (the RAM region is {found}, the context is {context})")
             }
             Self::Disk { disk, found, context } => {
-                format!("its disk {disk} is {found}, the context is {context}")
+                format!("its storage {disk} is {found}, the context is {context}")
             }
             Self::ContextDamaged { ram, damage, .. } => {
                 format!("its RAM belongs to context {ram}, which is damaged ({damage})")
@@ -87,7 +87,7 @@ pub fn assess(regions: &VmRegions) -> Result<(), Doubt> {
         (Some(stamp), _) if stamp != context.sequence && !damage.is_empty() => {
             Err(Doubt::ContextDamaged { ram: stamp, context: context.sequence, damage })
         }
-        (Some(stamp), Standing::Frozen(_)) if stamp == context.sequence => match regions.stray_disks().next() {
+        (Some(stamp), Standing::Frozen(_)) if stamp == context.sequence => match regions.strays().next() {
             None => Ok(()),
             Some((disk, stamp)) => {
                 let found = stamp.map_or_else(|| "not stamped clean".to_owned(), |n| format!("that of context {n}"));

@@ -1,6 +1,6 @@
 //! The regions of one VM: leased, mapped, stamped.
 //!
-//! `NAME/ram` is guest memory, `NAME/context` what is volatile, `NAME/DISK` a disk. Whoever holds a [`VmRegions`] holds the VM: the leases
+//! `NAME/ram` is guest memory, `NAME/context` what is volatile, `NAME/DISK` a disk, `NAME/PMEM` persistent memory. Whoever holds a [`VmRegions`] holds the VM: the leases
 //! die with the process, and a second process is told who has them.
 
 mod error;
@@ -13,8 +13,9 @@ use allocator::{Dirty, Kind, LeaseError, Mapping, MediumKind, Pool, Region, Regi
 pub use error::RegionsError;
 
 use super::context::{self, ContextError, ContextV1, Encoded, Slots, Standing};
-use super::disks::{self, DiskError, Disks, Origins};
+use super::disks::{self, Disks, Origins};
 use super::paging::{self, Memory, PagedMemory as Paged, Persisted};
+use super::pmem::{self, PmemRegions};
 use super::restoring::{Destination, PagedMemory, Paging, Restoring, RestoringError, RestoringV1};
 use crate::machine::config::VmConfig;
 use crate::machine::config::disks::DiskConfig;
@@ -31,6 +32,7 @@ pub struct VmRegions {
     /// Where memory lies that is not in RAM, if the VM has less of that than memory.
     swap: Option<Arc<Region>>,
     disks: Disks,
+    pmem: PmemRegions,
     links: Links,
     pager: Option<Arc<Pager>>,
     /// Memory is zeros, whatever the context says.
@@ -85,6 +87,7 @@ impl VmRegions {
             wanted.push((region_name(name, "swap")?, RegionSpec { kind: Kind::Swap, size, medium }));
         }
         wanted.extend(disks::wanted(name, config, config.medium)?);
+        wanted.extend(pmem::wanted(name, config, config.medium)?);
         // The context last: a VM that has one has all.
         wanted.push((context.clone(), spec(Kind::Context, context::region_size(config.cpus))));
         let origins = Origins::open(config)?;
@@ -92,7 +95,7 @@ impl VmRegions {
             pool.allocate(name, *spec)?;
         }
         let (leased_ram, context_region) = (lease(pool, name, &ram)?, lease(pool, name, &context)?);
-        let (swap, disks) = (lease_swap(pool, name, config)?, Disks::lease(pool, name, config)?);
+        let others = Others::lease(pool, name, config)?;
         let slots = Slots::read(&context_region)?;
         if !slots.is_empty() {
             // Another process made it since somebody looked.
@@ -113,7 +116,7 @@ impl VmRegions {
             if clean {
                 ram.stamp_clean(context.sequence)?;
             }
-            Ok(Self::held(name.to_owned(), ram, swap, disks, context_region, context, Vec::new()))
+            Ok(Self::held(name.to_owned(), ram, others, context_region, context, Vec::new()))
         };
         let result = made();
         if result.is_err() {
@@ -128,8 +131,7 @@ impl VmRegions {
     fn held(
         name: String,
         ram: Region,
-        swap: Option<Arc<Region>>,
-        disks: Disks,
+        Others { swap, disks, pmem }: Others,
         context_region: Region,
         context: ContextV1,
         damage: Vec<String>,
@@ -139,6 +141,7 @@ impl VmRegions {
             ram: Arc::new(ram),
             swap,
             disks,
+            pmem,
             pager: None,
             fresh: false,
             paging_events: Arc::new(|event| tracing::warn!("memory: {event:?}")),
@@ -175,8 +178,8 @@ impl VmRegions {
         if config != region {
             return Err(RegionsError::Mismatch { name, config, region });
         }
-        let (swap, disks) = (lease_swap(pool, &name, &context.config)?, Disks::lease(pool, &name, &context.config)?);
-        Ok(Self::held(name, ram, swap, disks, context_region, context, damage))
+        let others = Others::lease(pool, &name, &context.config)?;
+        Ok(Self::held(name, ram, others, context_region, context, damage))
     }
 
     /// Leases the regions of a VM whose context cannot be read, to restore them from a generation. `config` says what it is made of.
@@ -191,9 +194,9 @@ impl VmRegions {
         // RAM may still be stamped with the lost context's number: this must not be taken for it.
         let lost = ram.is_clean().or(ram.doubtful_stamp()).unwrap_or(0);
         let standing = Standing::Ended { how: "its context was lost".to_owned() };
-        let (swap, disks) = (lease_swap(pool, name, &config)?, Disks::lease(pool, name, &config)?);
+        let others = Others::lease(pool, name, &config)?;
         let context = ContextV1 { sequence: lost.saturating_add(1), written_ns: 0, config, standing };
-        Ok(Self::held(name.to_owned(), ram, swap, disks, context_region, context, damage))
+        Ok(Self::held(name.to_owned(), ram, others, context_region, context, damage))
     }
 
     /// Says who is told of memory that is paged; before [`VmRegions::assemble`].
@@ -255,9 +258,10 @@ impl VmRegions {
         self.ram.is_clean() == Some(self.context.sequence)
     }
 
-    /// Disks of the pool that are not what they were at the newest context, with the context that they are of.
-    pub fn stray_disks(&self) -> impl Iterator<Item = (&str, Option<u64>)> {
-        self.disks.strays(self.context.sequence)
+    /// Disks of the pool and persistent memory that are not what they were at the newest context, with the context that they are of.
+    pub fn strays(&self) -> impl Iterator<Item = (&str, Option<u64>)> {
+        let stamps = self.storage().map(|(name, region)| (name, region.is_clean()));
+        stamps.filter(|(_, stamp)| *stamp != Some(self.context.sequence))
     }
 
     /// The disks of the pool as they are now. The machine must be held still.
@@ -265,9 +269,9 @@ impl VmRegions {
         self.disks.moment()
     }
 
-    /// The disks of the pool, by their names.
-    pub(super) fn pool_disks(&self) -> impl Iterator<Item = (&str, &Region)> {
-        self.disks.leased()
+    /// What the guest keeps things in: the disks of the pool, and persistent memory, by their names.
+    pub(super) fn storage(&self) -> impl Iterator<Item = (&str, &Region)> {
+        self.disks.leased().chain(self.pmem.leased())
     }
 
     /// Makes RAM what a fresh start expects: zeros. It is so already in a VM that has never run.
@@ -301,6 +305,7 @@ impl VmRegions {
         wiring.attachments.extend(self.disks.attach(self.context.config.cpus)?);
         wiring.attachments.extend(self.links.attach(&self.context.config).map_err(MachineError::from)?);
         let ram = self.place_ram()?;
+        wiring.attachments.extend(self.pmem.attach(&ram)?);
         let (machine, cleared) = std::thread::scope(|scope| {
             // Putting a machine together writes no RAM; the write that clears the stamp waits for the disk.
             let clearing = scope.spawn(|| self.clear_stamp());
@@ -402,7 +407,7 @@ impl VmRegions {
                 (Some(Arc::clone(&mapping)), Box::new(mapping))
             }
         };
-        let ram = GuestRam::place(memory)?;
+        let ram = GuestRam::place_with(memory, self.pmem.map()?)?;
         self.mapping = mapping;
         self.placed = Some(Arc::clone(&ram));
         Ok(ram)
@@ -423,12 +428,13 @@ impl VmRegions {
         Ok(Persisted { bytes, paged: None })
     }
 
-    /// Makes the disks durable. The machine must be held still.
+    /// Makes disks and persistent memory durable. The machine must be held still.
     ///
     /// # Errors
-    /// [`DiskError::Flush`].
-    pub fn persist_disks(&self) -> Result<(), DiskError> {
-        self.disks.flush()
+    /// [`RegionsError::Disk`], [`RegionsError::Pmem`].
+    pub fn persist_storage(&self) -> Result<(), RegionsError> {
+        self.disks.flush()?;
+        Ok(self.pmem.persist()?)
     }
 
     /// The number of the next context.
@@ -459,23 +465,23 @@ impl VmRegions {
         Ok(())
     }
 
-    /// Says that RAM and disks are exactly those of context `sequence`.
+    /// Says that RAM, disks and persistent memory are exactly those of context `sequence`.
     ///
     /// # Errors
     /// [`RegionError`].
     pub fn stamp_clean(&self, sequence: u64) -> Result<(), RegionError> {
         // RAM's counts for the VM, so it is the last.
-        self.disks.stamp_clean(sequence)?;
+        self.storage().try_for_each(|(_, region)| region.stamp_clean(sequence))?;
         self.ram.stamp_clean(sequence)
     }
 
-    /// Says that RAM and disks are no context's any more; before anything changes them.
+    /// Says that RAM, disks and persistent memory are no context's any more; before anything changes them.
     ///
     /// # Errors
     /// [`RegionError`].
     pub fn clear_stamp(&self) -> Result<(), RegionError> {
         self.ram.clear_stamp()?;
-        self.disks.clear_stamp()
+        self.storage().try_for_each(|(_, region)| region.clear_stamp())
     }
 
     /// Writes down that the guest ended, and how: the VM can be started anew.
@@ -487,8 +493,8 @@ impl VmRegions {
         let config = self.context.config.clone();
         let context = ContextV1 { sequence, written_ns: context::now_ns(), config, standing: Standing::Ended { how } };
         self.write_context(&Encoded::new(&context)?)?;
-        // RAM of a guest that ended is nothing that anyone goes on from: it need not reach its medium. Its disks are.
-        if let Err(error) = self.disks.flush() {
+        // RAM of a guest that ended is nothing that anyone goes on from: it need not reach its medium. Its storage is.
+        if let Err(error) = self.persist_storage() {
             tracing::warn!("{}: {error}: what its guest did not flush may be lost", self.name);
         }
         self.stamp_clean(sequence)?;
@@ -505,6 +511,23 @@ unsafe impl HostMemory for Arc<Mapping> {
 
     fn len(&self) -> usize {
         Mapping::len(self)
+    }
+}
+
+/// The regions of a VM beside RAM and context.
+struct Others {
+    swap: Option<Arc<Region>>,
+    disks: Disks,
+    pmem: PmemRegions,
+}
+
+impl Others {
+    fn lease(pool: &Pool, vm: &str, config: &VmConfig) -> Result<Self, RegionsError> {
+        Ok(Self {
+            swap: lease_swap(pool, vm, config)?,
+            disks: Disks::lease(pool, vm, config)?,
+            pmem: PmemRegions::lease(pool, vm, config)?,
+        })
     }
 }
 

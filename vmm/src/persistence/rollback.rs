@@ -9,8 +9,8 @@
 //!                                                         a stamp that says it is whole
 //!   choose    the chosen generation is committed anew,    after clear, before RAM changes: from here a cut ends in the
 //!             as the newest one: no pages, one record     chosen generation, since recovery takes the newest
-//!   restore   disks, then RAM: zeros, then the pages;     before the context: a context must never name unsaved RAM, or
-//!             flushed                                     an unsaved disk
+//!   restore   storage, then RAM: zeros, then the pages;   before the context: a context must never name unsaved RAM, or
+//!             flushed                                     unsaved storage (disks, persistent memory)
 //!             (or the zeros alone: the pages come later)
 //!   context   N+1, with the generation's machine state    before the stamp: a stamp must never name a missing context
 //!   stamp     clean@N+1                                   last: it is what makes the context count
@@ -33,7 +33,7 @@ use snapshot::{
 
 use super::capture;
 use super::context::{self, ContextError, ContextV1, Standing};
-use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, KIND_DISK, REGION_RAM};
+use super::generations::{BLOB_CONFIG, BLOB_CONTEXT, KIND_DISK, KIND_PMEM, REGION_RAM};
 use super::paging::{Memory, MemoryIoError};
 use super::regions::{RegionsError, VmRegions};
 use super::restoring::{self, RestoringError, RestoringV1};
@@ -98,9 +98,9 @@ pub enum RollbackError {
     /// The system has no random numbers.
     #[error("cannot draw a VM generation ID: the system gives no random numbers")]
     Random(#[source] io::Error),
-    /// A disk could not be read.
-    #[error("cannot read the disk {name}")]
-    Disk {
+    /// A disk, or persistent memory, could not be read.
+    #[error("cannot read the disk or persistent memory {name}")]
+    Storage {
         /// Which.
         name: String,
         /// Why.
@@ -195,7 +195,7 @@ impl Plan {
             return Err(unreadable("it has not as many vCPUs as it says"));
         }
         let ram = reader.region(REGION_RAM).ok_or_else(|| unreadable("it holds no RAM"))?;
-        let known = |region: &RegionInfo| region.name == REGION_RAM || region.kind == KIND_DISK;
+        let known = |region: &RegionInfo| region.name == REGION_RAM || is_storage(&region.kind);
         if let Some(other) = reader.regions().iter().find(|region| !known(region)) {
             return Err(unreadable(&format!("it holds a region {}, which this perdure does not know", other.name)));
         }
@@ -226,43 +226,48 @@ impl Plan {
             let in_cpus = |cpus: u32| format!("{cpus} CPUs");
             return Err(differ(in_cpus(theirs), in_cpus(ours)));
         }
-        let (theirs, ours) = (in_disks(self.disks()), in_disks(regions.pool_disks().map(size_of_disk)));
+        let (theirs, ours) = (in_words(self.storage()), in_words(regions.storage().map(shape)));
         if theirs == ours { Ok(()) } else { Err(differ(theirs, ours)) }
     }
 
-    /// The disks that it holds: names and sizes.
-    fn disks(&self) -> impl Iterator<Item = (String, u64)> {
-        let disks = self.reader.regions().into_iter().filter(|region| region.kind == KIND_DISK);
-        disks.map(|region| (region.name, region.size))
+    /// The disks and the persistent memory that it holds: kinds, names and sizes.
+    fn storage(&self) -> impl Iterator<Item = (String, String, u64)> {
+        let storage = self.reader.regions().into_iter().filter(|region| is_storage(&region.kind));
+        storage.map(|region| (region.kind, region.name, region.size))
     }
 
-    /// Makes the disks of the VM what they were. They must be stamped no more.
-    fn restore_disks(&self, regions: &VmRegions) -> Result<(), RollbackError> {
-        for (name, region) in regions.pool_disks() {
+    /// Makes disks and persistent memory of the VM what they were. They must be stamped no more.
+    fn restore_storage(&self, regions: &VmRegions) -> Result<(), RollbackError> {
+        for (name, region) in regions.storage() {
             let Some(index) = self.reader.region(name) else { continue };
             let failed = RollbackError::Stamp;
             region.zero().map_err(failed)?;
-            self.reader.restore_region(index, &DiskSink(region), &mut |_, _| ())?;
+            self.reader.restore_region(index, &StorageSink(region), &mut |_, _| ())?;
             region.sync().map_err(failed)?;
         }
         Ok(())
     }
 }
 
-fn size_of_disk((name, region): (&str, &Region)) -> (String, u64) {
-    (name.to_owned(), region.size())
+fn is_storage(kind: &str) -> bool {
+    [KIND_DISK, KIND_PMEM].contains(&kind)
 }
 
-fn in_disks(disks: impl Iterator<Item = (String, u64)>) -> String {
-    let mut disks: Vec<String> = disks.map(|(name, size)| format!("{name}:{}", ByteSize(size))).collect();
-    disks.sort_unstable();
-    if disks.is_empty() { "no disks in the pool".to_owned() } else { format!("the disks {}", disks.join(", ")) }
+fn shape((name, region): (&str, &Region)) -> (String, String, u64) {
+    (region.info().kind.to_string(), name.to_owned(), region.size())
 }
 
-/// A disk's region as a sink. It was zeroed before.
-struct DiskSink<'a>(&'a Region);
+fn in_words(storage: impl Iterator<Item = (String, String, u64)>) -> String {
+    let words = |(kind, name, size)| format!("the {kind} {name}:{}", ByteSize(size));
+    let mut storage: Vec<String> = storage.map(words).collect();
+    storage.sort_unstable();
+    if storage.is_empty() { "no disks in the pool".to_owned() } else { storage.join(", ") }
+}
 
-impl PageSink for DiskSink<'_> {
+/// The region of a disk or of persistent memory as a sink. It was zeroed before.
+struct StorageSink<'a>(&'a Region);
+
+impl PageSink for StorageSink<'_> {
     fn write(&self, first_page: u64, bytes: &[u8]) -> io::Result<()> {
         self.0.write_at(bytes, first_page.saturating_mul(snapshot::PAGE_SIZE as u64)).map_err(io::Error::other)
     }
@@ -320,7 +325,7 @@ pub fn restore(
     };
     let fresh = regions.fresh_memory()?;
     store.refresh()?;
-    plan.restore_disks(regions)?;
+    plan.restore_storage(regions)?;
     let (report, base) = match pages {
         Pages::Now(progress) => (plan.reader.restore_region(plan.ram, &fresh, *progress)?, None),
         Pages::Later => (RestoreReport::default(), Some(store.generation(&plan.reader.generation().id)?)),
@@ -498,8 +503,8 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
             offset += length as u64;
         }
     }
-    for (name, region) in regions.pool_disks() {
-        put_disk(&mut writer, name, region)?;
+    for (name, region) in regions.storage() {
+        put_storage(&mut writer, name, region)?;
     }
     let mut context = regions.context().clone();
     if let Standing::Frozen(frozen) = &mut context.standing {
@@ -512,12 +517,12 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
     Ok(writer.commit()?)
 }
 
-/// All that is there of a disk of a frozen VM.
-fn put_disk(writer: &mut Writer, name: &str, region: &Region) -> Result<(), RollbackError> {
-    let spec = RegionSpec { name: name.to_owned(), kind: KIND_DISK.to_owned(), size: region.size() };
+/// All that is there of a disk or persistent memory of a frozen VM.
+fn put_storage(writer: &mut Writer, name: &str, region: &Region) -> Result<(), RollbackError> {
+    let spec = RegionSpec { name: name.to_owned(), kind: region.info().kind.to_string(), size: region.size() };
     let key = writer.region(&spec)?;
     let (file, part) = region.share_file()?;
-    let doing = |source| RollbackError::Disk { name: name.to_owned(), source };
+    let doing = |source| RollbackError::Storage { name: name.to_owned(), source };
     let pages = disk::data_pages(&file, &part).map_err(doing)?;
     if writer.parent().is_some() {
         capture::zeros_between(writer, key, &pages)?;

@@ -161,7 +161,8 @@ impl Generations {
         }
     }
 
-    /// RAM is that of generation `base` but for `changed`, and for what changes from now on.
+    /// RAM is that of generation `base` but for `changed`, and for what changes from now on. With `changed` all of persistent memory may have
+    /// changed, too: it was restored before the VM ran first.
     ///
     /// # Errors
     /// [`CaptureError::Kvm`].
@@ -174,7 +175,13 @@ impl Generations {
         machine.dirty_tracker().enable()?;
         self.watching = true;
         self.base = Some(base.clone());
-        self.carried = changed.cloned();
+        self.carried = changed.map(|changed| {
+            let ram = machine.ram();
+            let mut pages = PageSet::new(ram.pages());
+            pages.union(changed);
+            pages.insert_run(&(ram.ram_pages()..ram.pages()));
+            pages
+        });
         Ok(())
     }
 

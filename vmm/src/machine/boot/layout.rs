@@ -14,6 +14,7 @@
 //!   0x0010_0000  kernel; initrd at the top of low RAM
 //!   0xc000_0000  gap: MMIO, APICs, KVM's own pages
 //! 0x1_0000_0000  the rest of RAM
+//!                behind it, each at a multiple of 1 GiB: persistent memory
 //! ```
 
 use std::ops::Range;
@@ -77,6 +78,22 @@ pub fn ram_ranges(size: u64) -> (Range<u64>, Option<Range<u64>>) {
     (low, high)
 }
 
+/// What persistent memory is aligned to: every page size of the CPU's and every section of Linux's fits.
+const PMEM_ALIGNMENT: u64 = 1 << 30;
+
+/// Guest-physical ranges of persistent memory of `sizes` bytes each, behind `ram` bytes of RAM: ascending, none in the memory map.
+/// `None`: they do not fit into the address space.
+pub fn pmem_ranges(ram: u64, sizes: impl IntoIterator<Item = u64>) -> Option<Vec<Range<u64>>> {
+    let (_, high) = ram_ranges(ram);
+    let mut end = high.map_or(MMIO_GAP_END, |high| high.end);
+    let place = |size| {
+        let start = end.checked_next_multiple_of(PMEM_ALIGNMENT)?;
+        end = start.checked_add(size)?;
+        Some(start..end)
+    };
+    sizes.into_iter().map(place).collect()
+}
+
 /// `bytes` in MiB, rounded up: what to say to somebody who has to choose a memory size.
 pub(super) fn mebibytes(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
@@ -103,6 +120,18 @@ mod tests {
     #[test]
     fn an_impossible_size_does_not_wrap_around() {
         assert_eq!(ram_ranges(u64::MAX).1, Some(4 << 30..u64::MAX));
+    }
+
+    #[test]
+    fn persistent_memory_lies_behind_ram_and_the_gap_and_overlaps_nothing() {
+        assert_eq!(pmem_ranges(1 << 20, []), Some(vec![]));
+        let (small, large) = (2 << 20, 3 << 30);
+        let expected = vec![4 << 30..(4 << 30) + small, 5 << 30..(5 << 30) + large, 8 << 30..(8 << 30) + small];
+        assert_eq!(pmem_ranges(3 << 30, [small, large, small]), Some(expected));
+        let ranges = pmem_ranges((4 << 30) + 4096, [small]);
+        assert_eq!(ranges, Some(vec![6 << 30..(6 << 30) + small]), "RAM ends a page behind 5 GiB");
+        assert_eq!(pmem_ranges(u64::MAX, [small]), None);
+        assert_eq!(pmem_ranges(0, [1 << 62, u64::MAX]), None);
     }
 
     #[test]

@@ -132,6 +132,11 @@ pub enum DisksError {
     Size(DiskConfig),
 }
 
+/// Whether a region of a VM can be called so, beside those that every VM has.
+pub(super) fn is_name(name: &str) -> bool {
+    !name.contains('/') && !TAKEN.contains(&name) && name.parse::<RegionName>().is_ok()
+}
+
 /// Checks what can be checked without the host.
 ///
 /// # Errors
@@ -142,7 +147,7 @@ pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), DisksError> {
     }
     for (index, disk) in disks.iter().enumerate() {
         let DiskConfig::Pool { name, size, from: _ } = disk else { continue };
-        if name.contains('/') || TAKEN.contains(&name.as_str()) || name.parse::<RegionName>().is_err() {
+        if !is_name(name) {
             return Err(DisksError::Name(disk.clone()));
         }
         if *size < MIN_DISK || !size.0.is_multiple_of(PAGE_SIZE) {

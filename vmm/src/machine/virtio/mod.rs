@@ -7,6 +7,7 @@ mod acpi;
 pub mod balloon;
 pub mod disk;
 mod links;
+pub mod pmem;
 pub mod sockets;
 pub mod tap;
 mod thread;

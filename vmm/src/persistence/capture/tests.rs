@@ -10,7 +10,7 @@ use crate::machine::config::generations::GenerationsConfig;
 use crate::machine::config::{ByteSize, Kernel, VmConfig};
 use crate::machine::kvm::Host;
 use crate::persistence::context::ConsoleStateV1;
-use crate::persistence::generations;
+use crate::persistence::generations::{self, REGION_RAM};
 
 fn bytes(pages: &[u8]) -> Vec<u8> {
     pages.iter().flat_map(|byte| [vec![0; PAGE_SIZE as usize - 1], vec![*byte]].concat()).collect()

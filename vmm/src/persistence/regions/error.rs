@@ -5,6 +5,7 @@ use allocator::{LeaseError, NameError, PoolError, RegionError};
 
 use super::super::context::ContextError;
 use super::super::disks::DiskError;
+use super::super::pmem::PmemError;
 use crate::machine::MachineError;
 use crate::machine::memory::MemoryError;
 
@@ -55,6 +56,9 @@ pub enum RegionsError {
     /// A region.
     #[error(transparent)]
     Region(#[from] RegionError),
+    /// Persistent memory.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// The context.
     #[error(transparent)]
     Context(#[from] ContextError),
