@@ -24,6 +24,7 @@ mod outages;
 mod ownership;
 mod pages;
 mod paging;
+mod pmem;
 mod pool_bytes;
 mod random;
 mod typing;

@@ -20,14 +20,14 @@ const SERIAL: &str = "/tmp/serial";
 /// The image of the file system, in L1: not of the pool, so that this machine can check it.
 const IMAGE: &str = "/pool/fs.img";
 
-fn options(directory: &Path, seed: u64) -> Options {
+pub(crate) fn options(directory: &Path, seed: u64) -> Options {
     let disk = Disk::create(&directory.join("disk"), 2048, Cache::Volatile { seed });
     let files = guest::files(Path::new(env!("CARGO_BIN_EXE_chain")));
     Options { disk: Some(disk), files, ..Options::default() }
 }
 
 /// `run web` of a stock Linux that runs `script`.
-fn run(l1: &mut L1, script: &str, disks: &str) {
+pub(crate) fn run(l1: &mut L1, script: &str, disks: &str) {
     // The kernel takes 2 KiB of command line.
     let script: Vec<_> = script.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let mut command = format!("rm -f {SERIAL}; PERDURE_POOL=/pool/pool PERDURE_LOG=info perdure run web --detach");
@@ -44,7 +44,7 @@ fn run(l1: &mut L1, script: &str, disks: &str) {
 }
 
 /// The number behind the last whole line that begins with `word`.
-fn last(output: &str, word: &str) -> Option<u64> {
+pub(crate) fn last(output: &str, word: &str) -> Option<u64> {
     let whole = output.rfind('\n').map_or("", |end| &output[..end]);
     whole.lines().rev().find_map(|line| line.trim_end().strip_prefix(word)?.trim().parse().ok())
 }
@@ -81,7 +81,7 @@ echo "disks: done"
 "#;
 
 /// Freezes `web`, pulls the plug, and resumes it with what the disks' I/O is done by then. What it printed before is added to `printed`.
-fn outage(mut l1: L1, options: &Options, worker: &str, printed: &mut String) -> L1 {
+pub(crate) fn outage(mut l1: L1, options: &Options, worker: &str, printed: &mut String) -> L1 {
     let perdure = "PERDURE_POOL=/pool/pool PERDURE_LOG=info perdure";
     l1.check(&format!("{perdure} powerfail web"), SOON);
     assert_frozen(&l1.check(&format!("{perdure} list --json"), SOON), "web");
@@ -93,7 +93,7 @@ fn outage(mut l1: L1, options: &Options, worker: &str, printed: &mut String) -> 
     l1
 }
 
-fn wait_for(l1: &mut L1, printed: &str, done: impl Fn(&str) -> bool) {
+pub(crate) fn wait_for(l1: &mut L1, printed: &str, done: impl Fn(&str) -> bool) {
     let seen = l1.wait_until(&format!("cat {SERIAL}"), WORK, |seen| {
         let text = format!("{printed}{}", seen.text());
         done(&text) || text.contains("MISMATCH")
@@ -132,8 +132,8 @@ fn what_linux_wrote_to_its_disks_flushed_or_not_is_there_after_outages() {
     in_emulation(disks_survive_outages);
 }
 
-/// The file of the disk `name` of the pool, without its header.
-fn disk_of_pool(l1: &mut L1, name: &str) -> Vec<u8> {
+/// The file of a disk or persistent memory `name` of the pool, without its header.
+pub(crate) fn region_of_pool(l1: &mut L1, name: &str) -> Vec<u8> {
     let inspected = l1.check("PERDURE_POOL=/pool/pool perdure inspect web --json", SOON);
     let document: serde_json::Value = serde_json::from_str(&inspected).expect("JSON");
     let regions = document["regions"].as_array().expect("regions");
@@ -162,11 +162,11 @@ fn disks_go_back_with_memory() {
     wait_for(&mut l1, "", |output| output.contains("disks: done"));
     l1.wait_until("pidof perdure", SOON, |seen| seen.status != 0);
     let image = directory.path().join("fs.img");
-    std::fs::write(&image, disk_of_pool(&mut l1, "fs")).expect("the image fits");
+    std::fs::write(&image, region_of_pool(&mut l1, "fs")).expect("the image fits");
     check_file_system(&image);
 }
 
-fn check_file_system(image: &Path) {
+pub(crate) fn check_file_system(image: &Path) {
     let checked = Command::new("/sbin/e2fsck").args(["-f", "-n"]).arg(image).output().expect("e2fsck runs");
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
 }
@@ -183,7 +183,7 @@ while :; do
     round=$((round + 1))
     { printf '%08d' $round; dd if=/dev/urandom bs=4088 count=1 2>/dev/null; } >/tmp/slot
     sha256sum </tmp/slot >>/tmp/slot
-    dd if=/tmp/slot of=/dev/vda bs=8k seek=$((round % 128)) conv=notrunc,fsync 2>/dev/null && echo "disks: synced $round"
+    dd if=/tmp/slot of=/dev/DEVICE bs=8k seek=$((round % 128)) conv=notrunc,fsync 2>/dev/null && echo "disks: synced $round"
 done
 "#;
 
@@ -209,11 +209,12 @@ fn sha256(bytes: &[u8]) -> String {
     String::from_utf8(output.stdout).expect("hexadecimal digits").chars().take(64).collect()
 }
 
-fn acknowledged_flushes_are_durable(seed: u64) {
+/// `given`: what makes it `device`.
+fn acknowledged_flushes_are_durable(seed: u64, given: &str, device: &str) {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path(), seed);
     let mut l1 = L1::boot(&options);
-    run(&mut l1, WRITE_AND_SYNC, "--disk data:1M");
+    run(&mut l1, &WRITE_AND_SYNC.replace("DEVICE", device), given);
     let synced = |output: &str| last(output, "disks: synced").unwrap_or(0);
     wait_for(&mut l1, "", |output| synced(output) >= 20);
     let acknowledged = synced(&String::from_utf8_lossy(&l1.get(SERIAL)));
@@ -222,12 +223,17 @@ fn acknowledged_flushes_are_durable(seed: u64) {
     let mut l1 = L1::boot(&options);
     let refused = l1.run("PERDURE_POOL=/pool/pool perdure resume web --detach", SOON);
     assert_ne!(refused.status, 0, "{}", refused.text());
-    let newest = newest(&disk_of_pool(&mut l1, "data")).unwrap_or(0);
+    let newest = newest(&region_of_pool(&mut l1, "data")).unwrap_or(0);
     assert!(newest >= acknowledged, "{acknowledged} was acknowledged, {newest} is the newest that is whole");
     eprintln!("acknowledged {acknowledged}, found {newest}, {cut:?}");
 }
 
 #[test]
 fn a_flush_that_linux_was_told_of_is_durable_when_the_plug_is_pulled_without_a_warning() {
-    in_emulation(|| acknowledged_flushes_are_durable(12));
+    in_emulation(|| acknowledged_flushes_are_durable(12, "--disk data:1M", "vda"));
+}
+
+#[test]
+fn a_flush_of_persistent_memory_that_linux_was_told_of_is_durable_when_the_plug_is_pulled_without_a_warning() {
+    in_emulation(|| acknowledged_flushes_are_durable(14, "--pmem data:2M", "pmem0"));
 }

@@ -12,6 +12,7 @@ mod network;
 mod outages;
 mod paging;
 mod peer;
+mod pmem;
 mod sockets;
 mod sqlite;
 mod time;

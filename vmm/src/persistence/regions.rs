@@ -433,8 +433,10 @@ impl VmRegions {
     /// # Errors
     /// [`RegionsError::Disk`], [`RegionsError::Pmem`].
     pub fn persist_storage(&self) -> Result<(), RegionsError> {
-        self.disks.flush()?;
-        Ok(self.pmem.persist()?)
+        // What can be had of one is not given up for the other.
+        let (disks, pmem) = (self.disks.flush(), self.pmem.persist());
+        disks?;
+        Ok(pmem?)
     }
 
     /// The number of the next context.

@@ -315,8 +315,8 @@ pub fn restore(
 ) -> Result<RestoreReport, RollbackError> {
     plan.check_fit(regions)?;
     let before = regions.context().standing.restoring().filter(|restoring| restoring.unprotect).cloned();
-    let VmConfig { cpus, memory, kernel, cmdline, clock, .. } = plan.config().clone();
-    let config = VmConfig { cpus, memory, kernel, cmdline, clock, ..regions.config().clone() };
+    let VmConfig { cpus, memory, kernel, cmdline, clock, console, .. } = plan.config().clone();
+    let config = VmConfig { cpus, memory, kernel, cmdline, clock, console, ..regions.config().clone() };
     let geometry = config.geometry();
     let name = regions.name().to_owned();
     let failed = |doing| {

@@ -128,8 +128,9 @@ mod tests {
         let (small, large) = (2 << 20, 3 << 30);
         let expected = vec![4 << 30..(4 << 30) + small, 5 << 30..(5 << 30) + large, 8 << 30..(8 << 30) + small];
         assert_eq!(pmem_ranges(3 << 30, [small, large, small]), Some(expected));
-        let ranges = pmem_ranges((4 << 30) + 4096, [small]);
-        assert_eq!(ranges, Some(vec![6 << 30..(6 << 30) + small]), "RAM ends a page behind 5 GiB");
+        let ranges = pmem_ranges((4 << 30) + 4096, [small, small]);
+        let expected = vec![6 << 30..(6 << 30) + small, 7 << 30..(7 << 30) + small];
+        assert_eq!(ranges, Some(expected), "RAM ends a page behind 5 GiB");
         assert_eq!(pmem_ranges(u64::MAX, [small]), None);
         assert_eq!(pmem_ranges(0, [1 << 62, u64::MAX]), None);
     }

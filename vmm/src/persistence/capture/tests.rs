@@ -27,6 +27,10 @@ fn short_stretches_of_zeros_go_with_their_neighbours() {
     assert_eq!(stretches(&bytes(&[])), []);
 }
 
+/// Bytes of RAM, and of that and persistent memory.
+const RAM: usize = 32 << 20;
+const ALL: usize = RAM + (2 << 20);
+
 struct Nobody;
 
 impl Surroundings for Nobody {
@@ -59,7 +63,8 @@ impl Lab {
         let pool = Pool::create_or_open(directory.path(), Arc::new(HostVfs)).unwrap();
         let config = VmConfig {
             cpus,
-            memory: ByteSize(32 << 20),
+            memory: ByteSize(RAM as u64),
+            pmem: vec!["log:2M".parse().unwrap()],
             kernel: Kernel::Guest(guest.to_owned()),
             cmdline: cmdline.to_owned(),
             ..VmConfig::default()
@@ -102,7 +107,7 @@ impl Lab {
         let mut changed = PageSet::new(self.machine.ram().pages());
         let room = std::mem::take(&mut self.room);
         let moment = hold(&self.machine, &self.regions, &Nobody, Vcpus::Stay, room, &mut changed).unwrap();
-        let mut ram = vec![0; 32 << 20];
+        let mut ram = vec![0; ALL];
         self.machine.ram().copy_pages(0, &mut ram).unwrap();
         self.machine.run().unwrap();
         match capture.store(moment, &mut self.room, &AtomicBool::new(cut)) {
@@ -124,12 +129,16 @@ impl Lab {
 
     fn stored(&self, report: &CaptureReport) -> Vec<u8> {
         let reader = self.store.reader(&report.generation.parse().unwrap()).unwrap();
-        let region = reader.region(REGION_RAM).unwrap();
-        let mut ram = vec![0; 32 << 20];
-        for (page, bytes) in (0..).zip(ram.as_chunks_mut::<4096>().0) {
-            reader.read_page(region, page, bytes).unwrap();
+        let mut all = vec![0; ALL];
+        let (ram, pmem) = all.split_at_mut(RAM);
+        for (name, part) in [(REGION_RAM, ram), ("log", pmem)] {
+            let region = reader.region(name).unwrap();
+            assert_eq!(reader.regions()[region].size, part.len() as u64);
+            for (page, bytes) in (0..).zip(part.as_chunks_mut::<4096>().0) {
+                reader.read_page(region, page, bytes).unwrap();
+            }
         }
-        ram
+        all
     }
 }
 
@@ -141,8 +150,14 @@ fn every_generation_is_the_memory_of_its_moment(guest: &str, cmdline: &str, cpus
         let written = lab.machine.ram().memory().write_slice(&[byte; 100 << 12], GuestAddress(28 << 20));
         written.unwrap();
     };
+    // No guest here writes to persistent memory; a device may.
+    let keep = |lab: &Lab, round: u8| {
+        let at = GuestAddress((4 << 30) + 4096 * u64::from(round) + 1);
+        lab.machine.ram().memory().write_slice(&[round + 1; 4096], at).unwrap();
+    };
     fill(&lab, 0xff);
     for round in 0..12 {
+        keep(&lab, round);
         // Every other one with a copy before the pause; some are given up, twice in a row, too.
         let (ram, report) = lab.take(round % 2 == 0, [3, 6, 7].contains(&round));
         taken.extend(report.map(|report| (ram, report)));

@@ -112,6 +112,49 @@ fn every_byte_becomes_the_generations_and_what_was_can_be_had_back() {
 }
 
 #[test]
+fn disks_and_persistent_memory_go_back_with_memory() {
+    let home = Home::new();
+    let config = VmConfig {
+        memory: ByteSize(MEMORY),
+        disks: vec!["data:1M".parse().unwrap()],
+        pmem: vec!["log:2M".parse().unwrap()],
+        ..VmConfig::default()
+    };
+    let mut regions = VmRegions::create(&home.pool, "web", &config).unwrap();
+    let fill = |regions: &VmRegions, seed: u8| {
+        for (at, (_, region)) in (1..).zip(regions.storage()) {
+            region.write_at(&[seed + at; 5000], 4000 * u64::from(seed)).unwrap();
+        }
+    };
+    let seen = |regions: &VmRegions| {
+        let read = |(name, region): (&str, &Region)| {
+            let mut bytes = vec![0; region.size() as usize];
+            region.read_at(&mut bytes, 0).unwrap();
+            (name.to_owned(), bytes)
+        };
+        regions.storage().map(read).collect::<Vec<_>>()
+    };
+    fill(&regions, 10);
+    freeze(&mut regions, 1);
+    let (first, then) = (keep(&home.store, &regions, "one").unwrap().id, seen(&regions));
+    assert_eq!(then.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["data", "log"]);
+    regions.clear_stamp().unwrap();
+    fill(&regions, 100);
+    freeze(&mut regions, 2);
+    let later = seen(&regions);
+    let restored = roll_back(&home.store, &mut regions, &first, false, &mut Pages::Now(&mut quiet)).unwrap();
+    assert_eq!(seed_of(&regions, &[1, 2]), Some(1));
+    assert!(seen(&regions) == then && then != later);
+    roll_back(&home.store, &mut regions, &restored.kept.unwrap().id, true, &mut Pages::Now(&mut quiet)).unwrap();
+    assert!(seen(&regions) == later);
+    // What is not of the context is not resumed.
+    let (_, log) = regions.storage().last().unwrap();
+    log.clear_stamp().unwrap();
+    let doubt = assess(&regions).unwrap_err().to_string();
+    assert!(doubt.contains("its storage log is not stamped clean"), "{doubt}");
+}
+
+#[test]
 fn what_the_vm_has_of_its_own_stays_its_own() {
     let home = Home::new();
     let mut regions = home.frozen(1);

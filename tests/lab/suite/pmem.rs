@@ -1,0 +1,85 @@
+//! Persistent memory and a virtio console of stock Linux, through outages that were announced and one that was not.
+
+use std::time::Duration;
+use tests::lab::machine::{L1, in_emulation};
+
+use crate::disks::{check_file_system, last, options, outage, region_of_pool, run, wait_for};
+
+const SOON: Duration = Duration::from_secs(60);
+/// Rounds until the guest is done.
+const ROUNDS: u64 = 24;
+
+/// All it says it says on its virtio console, where it also repeats what it hears. It makes a file system on its persistent memory and maps files of
+/// it without a page cache (DAX), among them the program that does the rest. Each round writes a file, synced, and compares another with what its
+/// RAM says that it is.
+const WORK_ON_PMEM: &str = r#"
+exec </dev/hvc0 >/dev/hvc0 2>&1
+fail() { echo "pmem: MISMATCH $*"; poweroff -f; }
+while read word; do echo "pmem: heard $word"; done </dev/hvc0 &
+mke2fs -F -b 4096 /dev/pmem0 >/dev/null && mkdir -p /mnt && mount -t ext4 -o dax /dev/pmem0 /mnt || fail mount
+grep -q ' /mnt ext4 .*dax' /proc/mounts || fail dax
+cp /bin/busybox /mnt/busybox
+round=0
+while [ $round -lt ROUNDS ]; do
+round=$((round + 1))
+slot=$((round % 6))
+/mnt/busybox dd if=/dev/urandom of=/tmp/data bs=64k count=4 2>/dev/null
+/mnt/busybox sha256sum </tmp/data >/tmp/sum.$slot
+/mnt/busybox dd if=/tmp/data of=/mnt/file.$slot bs=64k conv=fsync 2>/dev/null || fail write $round
+other=$(((round * 5 + 3) % 6))
+if [ -e /tmp/sum.$other ]; then
+[ "$(sha256sum </mnt/file.$other)" = "$(cat /tmp/sum.$other)" ] || fail file $round
+fi
+echo "pmem: round $round"
+sleep 0.5
+done
+rm /mnt/file.*
+umount -l /mnt
+sync
+dmesg | grep -i -E 'I/O error|EXT4-fs (error|warning)|blocked for more|soft lockup' && fail log
+echo "pmem: done"
+"#;
+
+/// Types a line at the guest's console, and waits until it was heard.
+fn type_in(l1: &mut L1, printed: &str, word: &str) {
+    let typed =
+        format!("(printf '{word}\\n'; sleep 2) | PERDURE_POOL=/pool/pool timeout 4 perdure console web >/dev/null");
+    // It stays for as long as the VM does, and so ends by its time.
+    l1.run(&typed, SOON);
+    wait_for(l1, printed, |output| output.contains(&format!("pmem: heard {word}")));
+}
+
+fn pmem_and_console_survive() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = options(directory.path(), 17);
+    let mut l1 = L1::boot(&options);
+    let script = WORK_ON_PMEM.replace("ROUNDS", &ROUNDS.to_string());
+    run(&mut l1, &script, "--console virtio --pmem log:16M --snapshot-every 4s");
+    let reached = |rounds: u64| move |output: &str| last(output, "pmem: round").is_some_and(|round| round >= rounds);
+    let mut printed = String::new();
+
+    wait_for(&mut l1, &printed, reached(ROUNDS / 4));
+    type_in(&mut l1, &printed, "before");
+    l1 = outage(l1, &options, "threads", &mut printed);
+    let rounds = last(&printed, "pmem: round").unwrap_or(0);
+    wait_for(&mut l1, &printed, reached(rounds + 2));
+    type_in(&mut l1, &printed, "after");
+
+    // With no warning: persistent memory and RAM go back to one moment.
+    let generations = l1.check("PERDURE_POOL=/pool/pool perdure generations web", SOON);
+    let cut = l1.power_cut();
+    eprintln!("{cut:?}\n{generations}");
+    l1 = L1::boot(&options);
+    let told = l1.check("PERDURE_POOL=/pool/pool PERDURE_LOG=info perdure resume web --detach", SOON);
+    assert!(told.contains("goes on from generation"), "{told}");
+    wait_for(&mut l1, "", |output| output.contains("pmem: done"));
+    l1.wait_until("pidof perdure", SOON, |seen| seen.status != 0);
+    let image = directory.path().join("pmem.img");
+    std::fs::write(&image, region_of_pool(&mut l1, "log")).expect("the image fits");
+    check_file_system(&image);
+}
+
+#[test]
+fn files_mapped_from_persistent_memory_and_a_virtio_console_go_on_after_outages() {
+    in_emulation(pmem_and_console_survive);
+}
