@@ -22,12 +22,12 @@ pub enum Doubt {
     },
     /// A disk, or persistent memory, is not that of the context.
     #[error(
-        "its memory is that of context {context}, and its storage {disk} is {found}: it was exchanged, or written to meanwhile. \
+        "its memory is that of context {context}, and its {storage} is {found}: it was exchanged, or written to meanwhile. \
          `perdure run` boots it anew from its disks"
     )]
-    Disk {
-        /// Which.
-        disk: String,
+    Storage {
+        /// Which, in words: "disk data".
+        storage: String,
         /// What the stamp says, in words.
         found: String,
         /// The context's number.
@@ -54,7 +54,7 @@ impl Doubt {
     pub fn calls_for_recovery(&self) -> bool {
         match self {
             Self::NotFrozen(_) => false,
-            Self::Unclean { .. } | Self::Disk { .. } | Self::ContextDamaged { .. } => true,
+            Self::Unclean { .. } | Self::Storage { .. } | Self::ContextDamaged { .. } => true,
         }
     }
 
@@ -66,8 +66,8 @@ impl Doubt {
             Self::Unclean { found, context } => {
                 format!("its memory was cut off while it ran (the RAM region is {found}, the context is {context})")
             }
-            Self::Disk { disk, found, context } => {
-                format!("its storage {disk} is {found}, the context is {context}")
+            Self::Storage { storage, found, context } => {
+                format!("its {storage} is {found}, the context is {context}")
             }
             Self::ContextDamaged { ram, damage, .. } => {
                 format!("its RAM belongs to context {ram}, which is damaged ({damage})")
@@ -89,9 +89,9 @@ pub fn assess(regions: &VmRegions) -> Result<(), Doubt> {
         }
         (Some(stamp), Standing::Frozen(_)) if stamp == context.sequence => match regions.strays().next() {
             None => Ok(()),
-            Some((disk, stamp)) => {
+            Some((storage, stamp)) => {
                 let found = stamp.map_or_else(|| "not stamped clean".to_owned(), |n| format!("that of context {n}"));
-                Err(Doubt::Disk { disk: disk.to_owned(), found, context: context.sequence })
+                Err(Doubt::Storage { storage, found, context: context.sequence })
             }
         },
         (Some(stamp), Standing::Created) if stamp == context.sequence => Err(Doubt::NotFrozen("new and has never run")),

@@ -259,8 +259,12 @@ impl VmRegions {
     }
 
     /// Disks of the pool and persistent memory that are not what they were at the newest context, with the context that they are of.
-    pub fn strays(&self) -> impl Iterator<Item = (&str, Option<u64>)> {
-        let stamps = self.storage().map(|(name, region)| (name, region.is_clean()));
+    pub fn strays(&self) -> impl Iterator<Item = (String, Option<u64>)> {
+        let in_words = |name: &str, region: &Region| match region.info().kind {
+            Kind::Pmem => format!("persistent memory {name}"),
+            kind => format!("{kind} {name}"),
+        };
+        let stamps = self.storage().map(move |(name, region)| (in_words(name, region), region.is_clean()));
         stamps.filter(|(_, stamp)| *stamp != Some(self.context.sequence))
     }
 

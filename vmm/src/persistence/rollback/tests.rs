@@ -151,7 +151,7 @@ fn disks_and_persistent_memory_go_back_with_memory() {
     let (_, log) = regions.storage().last().unwrap();
     log.clear_stamp().unwrap();
     let doubt = assess(&regions).unwrap_err().to_string();
-    assert!(doubt.contains("its storage log is not stamped clean"), "{doubt}");
+    assert!(doubt.contains("its persistent memory log is not stamped clean"), "{doubt}");
 }
 
 #[test]
