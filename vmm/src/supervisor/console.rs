@@ -19,6 +19,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::wake::Wake;
+use crate::machine::config::{ConsoleDevice, SerialTarget, VmConfig};
 use crate::persistence::context::ConsoleStateV1;
 use hvc::Hvc;
 
@@ -76,6 +77,9 @@ pub enum ConsoleError {
     /// The terminal cannot be used.
     #[error("cannot use standard output for the serial port")]
     Terminal(#[source] io::Error),
+    /// The device cannot be joined to it.
+    #[error("cannot join the console to its device")]
+    Device(#[source] io::Error),
     /// The output cannot be made durable.
     #[error("cannot make the serial output in {path} durable")]
     Sync {
@@ -102,9 +106,24 @@ impl Console {
         Self { lines: Arc::new(Mutex::new(lines)), room: Arc::new(Condvar::new()) }
     }
 
-    /// Whom to wake when output waits for a slow reader, so that [`Console::drain`] is called.
-    pub(super) fn wake_for_output(&self, wake: Arc<Wake>) {
-        self.lines().wake = Some(wake);
+    /// The console of a VM made of `config`, which `resumes` or boots. When output waits for a slow reader, `wake` rings, so that
+    /// [`Console::drain`] is called.
+    pub(super) fn open(
+        config: &VmConfig,
+        has_terminal: bool,
+        wake: &Arc<Wake>,
+        resumes: bool,
+    ) -> Result<Self, ConsoleError> {
+        let console = match &config.serial {
+            SerialTarget::Stdio if has_terminal => Self::terminal()?,
+            SerialTarget::Stdio | SerialTarget::None => Self::detached(),
+            SerialTarget::File(path) => Self::file(path)?,
+        };
+        console.lines().wake = Some(Arc::clone(wake));
+        if config.console == ConsoleDevice::Virtio {
+            console.join_hvc(resumes)?;
+        }
+        Ok(console)
     }
 
     /// A console that only clients see.

@@ -44,7 +44,7 @@ use ram_budget::{Place, RamBudget};
 use terminal::Keyboard;
 use wake::Wake;
 
-use crate::machine::config::{ByteSize, ConsoleDevice, SerialTarget};
+use crate::machine::config::{ByteSize, ConsoleDevice};
 use crate::machine::jail::{self, Role};
 use crate::machine::kvm::{Host, KvmError, VcpuFailure};
 use crate::machine::{Machine, MachineError, MachineEvent, Wiring};
@@ -159,7 +159,7 @@ impl Inboxes {
         })
     }
 
-    fn wiring(&self, console: &Console) -> std::io::Result<Wiring> {
+    fn wiring(&self, console: &Console) -> Result<Wiring, ConsoleError> {
         let (sender, wake) = (self.machine_sender.clone(), Arc::clone(&self.wake));
         let events = move |event| {
             // The supervisor has ended if nobody receives.
@@ -238,17 +238,9 @@ impl Supervisor {
         let place = Place::take(pool, &regions)?;
         let pool = pool.dir().to_owned();
         let inboxes = Inboxes::new().map_err(system("make an event descriptor"))?;
-        let console = match &regions.config().serial {
-            SerialTarget::Stdio if keyboard.has_terminal() => Console::terminal()?,
-            SerialTarget::Stdio | SerialTarget::None => Console::detached(),
-            SerialTarget::File(path) => Console::file(path)?,
-        };
-        console.wake_for_output(Arc::clone(&inboxes.wake));
-        if regions.config().console == ConsoleDevice::Virtio {
-            let resumes = matches!(beginning, Beginning::Resume { .. });
-            console.join_hvc(resumes).map_err(system("join the console to its device"))?;
-        }
-        let wiring = inboxes.wiring(&console).map_err(system("join the console to its device"))?;
+        let resumes = matches!(beginning, Beginning::Resume { .. });
+        let console = Console::open(regions.config(), keyboard.has_terminal(), &inboxes.wake, resumes)?;
+        let wiring = inboxes.wiring(&console)?;
         regions.tell_of_paging(inboxes.of_paging());
         let (machine, state) = match beginning {
             Beginning::Boot => (boot(&pool, &mut regions, wiring)?, State::Created.after(Event::Start)),
@@ -435,9 +427,7 @@ impl Supervisor {
         self.machine.quiesce_devices(Instant::now() + DEVICES_REST)?;
         // A kernel is loaded to any place.
         self.machine.ram().bring_in().map_err(CaptureError::Memory)?;
-        let doing = "join the console to its device";
-        let wiring = self.inboxes.wiring(&self.console);
-        let wiring = wiring.map_err(|source| SupervisorError::System { doing, source })?;
+        let wiring = self.inboxes.wiring(&self.console)?;
         let mut machine = self.regions.assemble(Host::open()?, wiring)?;
         machine.boot()?;
         self.generations.machine_changes(&self.machine, &machine)?;

@@ -12,7 +12,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use signal_hook::consts::SIGWINCH;
 use signal_hook::low_level::pipe;
 
-use super::{Console, Lines, PENDING_MOST, Sink};
+use super::{Console, ConsoleError, Lines, PENDING_MOST, Sink};
 use crate::machine::virtio::{self, Attachment};
 
 /// What joins a console to its device.
@@ -32,19 +32,15 @@ impl Console {
     /// Joins it to a virtio console. `held`: until [`Console::restore`] nothing is printed or typed.
     ///
     /// # Errors
-    /// As the system says.
-    pub(in super::super) fn join_hvc(&self, held: bool) -> io::Result<()> {
+    /// [`ConsoleError::Device`].
+    pub(super) fn join_hvc(&self, held: bool) -> Result<(), ConsoleError> {
         let mut lines = self.lines();
         let resized = match &lines.sink {
-            Sink::Terminal(fd) if rustix::termios::isatty(fd) => {
-                let (reader, writer) = UnixStream::pair()?;
-                reader.set_nonblocking(true)?;
-                pipe::register(SIGWINCH, writer)?;
-                Some(reader)
-            }
+            Sink::Terminal(fd) if rustix::termios::isatty(fd) => Some(resizes().map_err(ConsoleError::Device)?),
             _ => None,
         };
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell = bell.map_err(|error| ConsoleError::Device(error.into()))?;
         lines.hvc = Some(Hvc { bell, resized, output_waits: false, held });
         Ok(())
     }
@@ -52,13 +48,13 @@ impl Console {
     /// The virtio console, if it was joined to one; for each machine anew.
     ///
     /// # Errors
-    /// As the system says.
-    pub(in super::super) fn attachment(&self) -> io::Result<Option<Attachment>> {
+    /// [`ConsoleError::Device`].
+    pub(in super::super) fn attachment(&self) -> Result<Option<Attachment>, ConsoleError> {
         let lines = self.lines();
         let Some(hvc) = &lines.hvc else { return Ok(None) };
-        let mut sources = vec![hvc.bell.try_clone()?];
+        let mut sources = vec![hvc.bell.try_clone().map_err(ConsoleError::Device)?];
         if let Some(resized) = &hvc.resized {
-            sources.push(resized.try_clone()?.into());
+            sources.push(resized.try_clone().map_err(ConsoleError::Device)?.into());
         }
         drop(lines);
         Ok(Some(virtio::console(Box::new(HvcLine(self.clone())), sources)))
@@ -68,6 +64,14 @@ impl Console {
     pub(in super::super) fn is_input_full(&self) -> bool {
         self.lines().input.len() >= super::INPUT_MOST
     }
+}
+
+/// Readable when the terminal of this process has another size.
+fn resizes() -> io::Result<UnixStream> {
+    let (reader, writer) = UnixStream::pair()?;
+    reader.set_nonblocking(true)?;
+    pipe::register(SIGWINCH, writer)?;
+    Ok(reader)
 }
 
 impl Lines {
@@ -182,7 +186,7 @@ mod tests {
         let console = Console::over(Sink::Terminal(writer.into()));
         let mut line = line(&console, false);
         let wake = Arc::new(Wake::new().unwrap());
-        console.wake_for_output(Arc::clone(&wake));
+        console.lines().wake = Some(Arc::clone(&wake));
         let (mut given, mut taken) = (0, 0);
         while given == 0 || taken > 0 {
             taken = line.write(&vec![(given >> 12) as u8; 4096]);
