@@ -76,10 +76,13 @@ fn persistent_memory_is_made_frozen_resumed_kept_when_the_guest_ends_and_removed
     }
 }
 
-#[test]
-fn persistent_memory_goes_back_with_memory_and_into_a_fork_and_an_export() {
+/// `shape`: how the VM's memory is divided; `lazy`: how it is brought back.
+fn goes_back(shape: &[&str], lazy: &[&str]) {
     let (vm, directory) = (Vm::new("web"), tempfile::tempdir().expect("a directory"));
-    vm.start(&[&COUNTER[..], &["--pmem", "log:2M"]].concat());
+    let serial = vm.serial();
+    let what =
+        ["run", "web", "--detach", "--serial", serial.to_str().expect("a path of plain text"), "--pmem", "log:2M"];
+    vm.perdure.run(&[&what[..], shape, &COUNTER].concat()).expect_code(0);
     vm.wait_for_more();
     vm.freeze();
     write(&vm, b"then");
@@ -91,18 +94,48 @@ fn persistent_memory_goes_back_with_memory_and_into_a_fork_and_an_export() {
     let export = directory.path().join("export");
     let export = export.to_str().expect("a path of plain text");
     vm.perdure.run(&["export", "web@1", export]).expect_code(0);
-    vm.perdure.run(&["resume", "web", "--detach", "--generation", "1"]).expect_code(0);
+    vm.perdure.run(&[&["resume", "web", "--detach", "--generation", "1"], lazy].concat()).expect_code(0);
     vm.wait_for_more();
     vm.freeze();
     assert_eq!(read(&vm, "web"), "then");
-    vm.perdure.run(&["fork", "web@1", "two"]).expect_code(0);
-    vm.perdure.run(&["import", export, "three"]).expect_code(0);
-    for other in ["two", "three"] {
-        assert_eq!(read(&vm, other), "then", "{other}");
-    }
+    write(&vm, b"next");
     vm.resume();
     vm.wait_for_more();
-    vm.command("stop").expect_code(0);
+    // What memory is still to come from the first generation, this one leans on; persistent memory has gone on from it.
+    let taken = vm.command("snapshot").expect_code(0).stdout;
+    vm.freeze();
+    write(&vm, b"lost");
+    let (newest, _) = taken.split_once(':').expect("its name");
+    vm.perdure.run(&["fork", newest, "two"]).expect_code(0);
+    vm.perdure.run(&["import", export, "three"]).expect_code(0);
+    assert_eq!((read(&vm, "two"), read(&vm, "three")), ("next".to_owned(), "then".to_owned()));
+}
+
+#[test]
+fn persistent_memory_goes_back_with_memory_and_into_a_fork_and_an_export() {
+    goes_back(&["--memory", "8M"], &[]);
+    goes_back(&["--memory", "8M"], &["--lazy", "--no-prefetch"]);
+}
+
+#[test]
+fn persistent_memory_goes_back_with_memory_that_is_paged() {
+    goes_back(&["--memory", "16M", "--ram", "2M"], &[]);
+    goes_back(&["--memory", "16M", "--ram", "2M"], &["--lazy", "--no-prefetch"]);
+}
+
+#[test]
+fn a_configuration_file_gives_persistent_memory_and_a_virtio_console() {
+    let (vm, directory) = (Vm::new("web"), tempfile::tempdir().expect("a directory"));
+    let file = directory.path().join("web.json");
+    let config = json!({"pmem": [{"name": "log", "size": "2M"}], "console": "virtio"});
+    std::fs::write(&file, config.to_string()).expect("it is written");
+    vm.start(&[&COUNTER[..], &["--config", file.to_str().expect("a path of plain text")]].concat());
+    vm.wait_for_more();
+    vm.freeze();
+    let inspected = vm.perdure.run(&["inspect", "web", "--json"]).expect_code(0).json();
+    assert_eq!((&inspected["config"]["pmem"], &inspected["config"]["console"]), (&config["pmem"], &config["console"]));
+    let devices = devices(&vm);
+    assert!(devices["pmem0"].is_object() && devices["console"].is_object(), "{devices}");
 }
 
 #[test]

@@ -14,9 +14,9 @@ use crate::paging::paged;
 
 const SOON: Duration = Duration::from_secs(60);
 /// For the guest's Linux to boot and to do some rounds, in KVM in TCG.
-const WORK: Duration = Duration::from_secs(300);
+pub(crate) const WORK: Duration = Duration::from_secs(300);
 /// Of this life of L1 alone.
-const SERIAL: &str = "/tmp/serial";
+pub(crate) const SERIAL: &str = "/tmp/serial";
 /// The image of the file system, in L1: not of the pool, so that this machine can check it.
 const IMAGE: &str = "/pool/fs.img";
 
