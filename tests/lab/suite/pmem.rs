@@ -6,21 +6,19 @@ use tests::lab::machine::{L1, in_emulation};
 use crate::disks::{SERIAL, WORK, check_file_system, last, options, outage, region_of_pool, run, wait_for};
 
 const SOON: Duration = Duration::from_secs(60);
-/// Rounds until the guest is done.
-const ROUNDS: u64 = 20;
 
 /// All it says it says on its virtio console, where it also repeats what it hears. It makes a file system on its persistent memory and maps files of
 /// it without a page cache (DAX), among them a program that it runs. Each round compares all files with what its RAM says that they are, and writes
-/// one, synced: files of another moment than RAM are found.
+/// one, synced: files of another moment than RAM are found. It works until it hears of the end.
 const WORK_ON_PMEM: &str = r#"
 exec </dev/hvc0 >/dev/hvc0 2>&1
 fail() { echo "pmem: MISMATCH $*"; poweroff -f; }
-while read word; do echo "pmem: heard $word"; done </dev/hvc0 &
+while read word; do echo "pmem: heard $word"; touch /tmp/$word; done </dev/hvc0 &
 mke2fs -F -b 4096 /dev/pmem0 >/dev/null && mkdir -p /mnt && mount -t ext4 -o dax /dev/pmem0 /mnt || fail mount
 grep -q ' /mnt ext4 .*dax' /proc/mounts || fail dax
 cp /bin/busybox /mnt/busybox
 round=0
-while [ $round -lt ROUNDS ]; do
+while [ ! -e /tmp/end ]; do
 for slot in 0 1 2 3 4 5; do
 [ ! -e /tmp/sum.$slot ] || [ "$(sha256sum </mnt/file.$slot)" = "$(cat /tmp/sum.$slot)" ] || fail file $slot
 done
@@ -52,8 +50,7 @@ fn pmem_and_console_survive() {
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path(), 17);
     let mut l1 = L1::boot(&options);
-    let script = WORK_ON_PMEM.replace("ROUNDS", &ROUNDS.to_string());
-    run(&mut l1, &script, "--console virtio --pmem log:16M");
+    run(&mut l1, WORK_ON_PMEM, "--console virtio --pmem log:16M");
     let reached = |rounds: u64| move |output: &str| last(output, "pmem: round").is_some_and(|round| round >= rounds);
     let mut printed = String::new();
 
@@ -74,6 +71,8 @@ fn pmem_and_console_survive() {
     l1 = L1::boot(&options);
     let told = l1.check("PERDURE_POOL=/pool/pool PERDURE_LOG=info perdure resume web --detach", SOON);
     assert!(told.contains("goes on from generation"), "{told}");
+    wait_for(&mut l1, "", reached(rounds + 2));
+    type_in(&mut l1, "", "end");
     wait_for(&mut l1, "", |output| output.contains("pmem: done"));
     l1.wait_until("pidof perdure", SOON, |seen| seen.status != 0);
     let image = directory.path().join("pmem.img");

@@ -5,7 +5,7 @@ use super::survey::survey;
 use crate::supervisor::control::{ControlClient, Request, Response};
 use crate::supervisor::terminal;
 
-/// Join this terminal to a virtual machine's serial line. Ctrl-] leaves it again; the VM runs on.
+/// Join this terminal to a virtual machine's console: its serial line, or hvc0 (`run --console virtio`). Ctrl-] leaves it again; the VM runs on.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Its name
