@@ -37,13 +37,18 @@ dmesg | grep -i -E 'I/O error|EXT4-fs (error|warning)|blocked for more|soft lock
 echo "pmem: done"
 "#;
 
-/// Types a line at the guest's console, and waits until it was heard.
+/// Types a line at the guest's console until it was heard: `perdure console` stays for as long as the VM does, so it is ended by time, of which a machine that
+/// is busy may need more.
 fn type_in(l1: &mut L1, printed: &str, word: &str) {
-    let typed =
-        format!("(printf '{word}\\n'; sleep 2) | PERDURE_POOL=/pool/pool timeout 4 perdure console web >/dev/null");
-    // It stays for as long as the VM does, and so ends by its time.
-    l1.run(&typed, SOON);
-    wait_for(l1, printed, |output| output.contains(&format!("pmem: heard {word}")));
+    for seconds in [4, 10, 25, 60] {
+        let type_it = format!("(printf '{word}\\n'; sleep {seconds}) | timeout {seconds} perdure console web");
+        l1.run(&format!("export PERDURE_POOL=/pool/pool; {type_it} >/dev/null"), WORK);
+        let heard = format!("{printed}{}", String::from_utf8_lossy(&l1.get(SERIAL)));
+        if heard.contains(&format!("pmem: heard {word}")) {
+            return;
+        }
+    }
+    panic!("'{word}' was typed and not heard: {}", l1.check(&format!("tail -n 20 {SERIAL}"), SOON));
 }
 
 fn pmem_and_console_survive() {
