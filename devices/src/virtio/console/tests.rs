@@ -3,7 +3,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::*;
 use crate::state::DeviceState;
-use crate::virtio::driver::{BUFFERS, Driver, MEMORY};
+use crate::virtio::driver::{BUFFERS, Driver, MEMORY, SIZE};
 use proptest::prelude::*;
 
 const RECEIVE: usize = 0;
@@ -145,6 +145,31 @@ fn a_buffer_without_input_is_kept_until_there_is_some() {
     line.ends().typed.extend(b"x");
     ready(&driver);
     assert_eq!(driver.used(RECEIVE), [(0, 1)]);
+}
+
+#[test]
+fn buffers_that_wait_at_a_freeze_take_what_is_typed_after_the_resume() {
+    for features in [FEATURE_SIZE, FEATURE_SIZE | 1 << 29] {
+        let (mut driver, line) = set_up(usize::MAX);
+        driver.set_up(features);
+        line.ends().typed.extend(b"before");
+        (0..4).for_each(|buffer| drop(driver.offer(RECEIVE, &[], &[(BUFFERS + 100 * buffer, 100)])));
+        driver.notify(RECEIVE);
+        assert_eq!(driver.used(RECEIVE), [(0, 6)]);
+        let state = driver.freeze();
+        let line = Teletype::with_room(usize::MAX);
+        let mut resumed = driver.resumed(Console::new(Box::new(line.clone())));
+        resumed.restore(&state).unwrap();
+        resumed.thaw();
+        assert!(resumed.used(RECEIVE).is_empty());
+        // With `EVENT_IDX`, where the driver says what it wants to be told of (`used_event`): what comes behind the first.
+        resumed.put(Driver::ring(RECEIVE) + 0x4000 + 4 + 2 * u64::from(SIZE), &1_u16.to_le_bytes());
+        let edges = resumed.edges();
+        line.ends().typed.extend(b"after");
+        ready(&resumed);
+        assert_eq!((resumed.used(RECEIVE), resumed.get(BUFFERS + 100, 5)), (vec![(1, 5)], b"after".to_vec()));
+        assert_eq!(resumed.edges(), edges + 1, "the driver is told");
+    }
 }
 
 #[test]
