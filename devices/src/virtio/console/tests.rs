@@ -153,7 +153,9 @@ fn buffers_that_wait_at_a_freeze_take_what_is_typed_after_the_resume() {
         let (mut driver, line) = set_up(usize::MAX);
         driver.set_up(features);
         line.ends().typed.extend(b"before");
-        (0..4).for_each(|buffer| drop(driver.offer(RECEIVE, &[], &[(BUFFERS + 100 * buffer, 100)])));
+        for buffer in 0..4 {
+            driver.offer(RECEIVE, &[], &[(BUFFERS + 100 * buffer, 100)]);
+        }
         driver.notify(RECEIVE);
         assert_eq!(driver.used(RECEIVE), [(0, 6)]);
         let state = driver.freeze();
