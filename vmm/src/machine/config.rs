@@ -148,6 +148,7 @@ impl FromStr for SerialTarget {
 
 /// Which device of the guest people see, and type to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum ConsoleDevice {
     /// The serial port, `ttyS0`.

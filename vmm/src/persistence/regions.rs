@@ -104,7 +104,7 @@ impl VmRegions {
         }
         let made = move || -> Result<Self, RegionsError> {
             let ram = leased_ram;
-            disks.fill(&origins)?;
+            others.disks.fill(&origins)?;
             let made = config.disks.iter().cloned().map(DiskConfig::made).collect();
             let context = ContextV1 {
                 sequence: 1,

@@ -15,6 +15,7 @@ pub const PMEM_UNIT: ByteSize = ByteSize(2 << 20);
 
 /// A region of the pool, named after the VM and this: made with the VM, and removed with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PmemConfig {
     /// Its name.

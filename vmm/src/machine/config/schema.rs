@@ -76,7 +76,7 @@ fn full() -> VmConfig {
         "cpus": 2, "memory": "1G", "ram": "256M", "ram_min": 67_108_864, "swap": "2GiB", "medium": "nvdimm",
         "kernel": { "file": { "path": "/boot/vmlinuz", "initrd": "/boot/initrd" } }, "cmdline": "console=ttyS0",
         "disks": [{ "pool": { "name": "data", "size": "10G" } }, { "file": { "path": "/srv/a.img", "read-only": true } }],
-        "serial": { "file": "/var/log/web" }, "clock": "realtime", "rng": true, "balloon": true,
+        "serial": { "file": "/var/log/web" }, "console": "virtio", "pmem": [{ "name": "log", "size": "64M" }], "clock": "realtime", "rng": true, "balloon": true,
         "net": [{ "tap": "vm0", "mac": "02:00:5e:10:00:01" }], "vsock": { "cid": 3, "socket": "/run/web.vsock" },
         "snapshot_every_ms": 1000, "family": "web",
         "generations": { "max_snapshots": 5, "expiration_ms": 1, "redundancy": 2, "integrity": "warn", "compress": "lz4" },

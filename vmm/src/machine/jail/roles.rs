@@ -31,6 +31,8 @@ pub enum Role {
     Vcpu,
     /// Serves a device, or does its I/O.
     Device,
+    /// Makes a region durable.
+    Flush,
     /// Brings a guest's memory, and takes it away.
     Pager,
     /// Reports what RAM the VM needs.
@@ -154,8 +156,10 @@ const OPEN_FILES: Calls = &[
     (SYS_statx, Always),
 ];
 
-/// A device's own: its rings with the kernel are set up already, and allow what a disk does; a tap's offloads change with the guest's driver.
-const DEVICE: Calls = &[(SYS_io_uring_enter, Always), (SYS_ioctl, Is(1, TUNSETOFFLOAD))];
+/// A device's own: its rings with the kernel are set up already, and allow what a disk does; a tap's offloads change with the guest's driver, a
+/// console's size with its terminal.
+const DEVICE: Calls =
+    &[(SYS_io_uring_enter, Always), (SYS_ioctl, Is(1, TUNSETOFFLOAD)), (SYS_ioctl, Is(1, libc::TIOCGWINSZ))];
 
 /// Sockets of this host's programs.
 const SOCKETS: Calls = &[
@@ -262,6 +266,8 @@ impl Role {
         match self {
             Self::Vcpu => &[RUNTIME, STREAMS, OPEN_FILES, FAULTS, DEVICE],
             Self::Device => &[RUNTIME, STREAMS, OPEN_FILES, FAULTS, DEVICE, SOCKETS],
+            // Which pages changed is in a file of the process's own.
+            Self::Flush => &[RUNTIME, OPEN_FILES, FILES, WRITTEN_PAGES, FAULTS],
             // The store of generations is among what memory comes from.
             Self::Pager => &[RUNTIME, STREAMS, OPEN_FILES, BATCHES, FILES, FAULTS, PLACES, THREADS],
             Self::Budget => &[RUNTIME, OPEN_FILES, FILES],
@@ -292,7 +298,7 @@ impl Role {
             Self::Device => &[requests::OF_A_DEVICE],
             Self::Generations => &[requests::OF_DIRTY_PAGES],
             Self::Supervisor => &[requests::OF_A_VCPU, requests::OF_DIRTY_PAGES, requests::OF_A_MACHINE],
-            Self::Pager | Self::Budget | Self::Control | Self::HoldUp => &[],
+            Self::Flush | Self::Pager | Self::Budget | Self::Control | Self::HoldUp => &[],
         }
     }
 

@@ -12,6 +12,7 @@ use allocator::{Dirty, Mapping, Region, RegionError};
 use devices::virtio::{Durable, Pmem, PmemPlace};
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::super::jail::{self, Role};
 use super::super::memory::{GuestRam, HostMemory};
 use super::Attachment;
 
@@ -127,7 +128,7 @@ impl Flusher {
         let source = bell.try_clone()?;
         let desk = Arc::new(Desk { orders: Mutex::default(), news: Condvar::new(), bell });
         let shared = Arc::clone(&desk);
-        let thread = std::thread::Builder::new().name(format!("{name}-flush")).spawn(move || shared.serve(&memory))?;
+        let thread = jail::spawn(format!("{name}-flush"), Role::Flush, move || shared.serve(&memory))?;
         Ok((Self { desk, thread: Some(thread) }, source))
     }
 }
