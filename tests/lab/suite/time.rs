@@ -23,14 +23,18 @@ const AWAY: i64 = 3 * 60 * 60;
 const OFF: i64 = 2;
 
 /// Says what its clocks show, again and again. When its power button is pressed each CPU does something, and its kernel says what it has to
-/// say. Its watchdogs wait for 20 s and more before they bark, as they do everywhere: less is nothing on a busy machine, and hours are more.
+/// say. Its watchdogs wait for 20 s and more before they bark, as they do everywhere: less is nothing on a busy machine, and hours are more. A CPU that wakes from
+/// idleness is not suspected, so one never sleeps.
 const SCRIPT: &str = r#"
 now() { read -r up rest </proc/uptime; echo "time: $up $(date +%s) $(cat /sys/class/rtc/rtc0/since_epoch) $(cat /sys/devices/system/cpu/online)"; }
 echo "clocksource: $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 while now; do sleep 1; done &
+told=$!
+taskset -c 1 sh -c 'while :; do :; done' &
+busy=$!
 until [ -e /dev/input/event0 ]; do sleep 0.1; done
 head -c 24 /dev/input/event0 >/tmp/event
-kill $!
+kill $busy $told
 for cpu in $(seq 0 $(($(nproc) - 1))); do taskset -c $cpu sleep 0.1 && echo "runs: CPU $cpu"; done
 echo "kernel log begins"
 dmesg -r | grep '^<[0-4]>'
