@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use vfs::cut::point::{Point, pass};
 use vfs::{OpenMode, Vfs, VfsFile};
 
 use crate::frame::{self, FrameError, Magic};
@@ -270,6 +271,7 @@ impl Catalog {
 
     /// Replaces the catalog on the disk: temporary file, flush, rename, flush of the directory.
     pub(crate) fn commit(&self, vfs: &dyn Vfs, pool: &Path) -> Result<(), CatalogError> {
+        pass(Point::CatalogCommit);
         let (path, temporary) = (pool.join(FILE), pool.join(TEMPORARY));
         let write = |source| CatalogError::Write { path: path.clone(), source };
         let body = serde_json::to_vec(self).map_err(|error| write(error.into()))?;
@@ -284,7 +286,9 @@ impl Catalog {
             drop(vfs.remove_file(&temporary));
             return Err(write(source));
         }
-        vfs.sync_dir(pool).map_err(|source| CatalogError::Uncertain { path: pool.to_owned(), source })
+        vfs.sync_dir(pool).map_err(|source| CatalogError::Uncertain { path: pool.to_owned(), source })?;
+        pass(Point::CatalogDone);
+        Ok(())
     }
 }
 

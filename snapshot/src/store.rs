@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use vfs::cut::point::{Point, pass};
 use vfs::{OpenMode, Vfs, VfsFile};
 
 use crate::archive::Archive;
@@ -388,6 +389,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoSuchGeneration`], [`StoreError::Protected`], [`StoreError::Busy`], [`StoreError::Io`].
     pub fn purge(&self, ids: &[GenerationId]) -> Result<(), StoreError> {
+        pass(Point::PurgeRecord);
         self.change(|state| {
             let mut lineages: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
             for id in ids {

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::PoisonError;
 
 use vfs::OpenMode;
+use vfs::cut::point::{Point, pass};
 
 use crate::error::StoreError;
 use crate::fault::seeded;
@@ -46,6 +47,7 @@ impl Store {
     /// [`StoreError::Busy`], [`StoreError::Io`].
     pub fn sweep(&self, progress: &mut dyn FnMut(u64)) -> Result<SweepReport, StoreError> {
         let _lock = self.lock()?;
+        pass(Point::PurgeSweep);
         let mut state = self.current()?;
         // A purge by a process that was killed may not be durable yet. What it freed must not go before it is.
         self.inner.ledger.sync().inspect_err(|_| self.poison())?;

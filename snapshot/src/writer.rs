@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 use std::sync::{Arc, PoisonError};
 
+use vfs::cut::point::{Point, pass};
+
 use crate::batch::{self, Identity};
 use crate::codec::decode;
 use crate::dedup::DedupIndex;
@@ -82,6 +84,7 @@ impl Store {
         check_name("lineage", &new.lineage)?;
         check_label(new.label.as_deref())?;
         let lock = self.lock()?;
+        pass(Point::GenerationPages);
         let state = self.current()?;
         let parent = match &new.parent {
             Parent::None => None,
@@ -539,6 +542,7 @@ impl Writer {
         let bytes = encode_manifest(&manifest).ok_or_else(|| {
             StoreError::invalid("too many regions and blobs, or too long names: the manifest is over 256 KiB")
         })?;
+        pass(Point::GenerationDurable);
         let manifest_node = Grafter { archive: &self.store.inner.archive, nodes: &mut self.nodes }.write(&bytes)?;
         self.make_durable()?;
         let mut ends = Ends { data: self.data.end(), archive: self.nodes.end() };
@@ -562,11 +566,13 @@ impl Writer {
         let id = info.id.clone();
         let record = Record::Generation(Box::new(Committed { info, manifest: manifest_node, ends }));
         let mut state = std::mem::replace(&mut self.state, State::empty());
+        pass(Point::GenerationCommit);
         if let Err((error, undone)) = self.store.record(&mut state, vec![record]) {
             // What the record refers to may be taken back only if the record is certainly not there.
             self.done = !undone;
             return Err(error);
         }
+        pass(Point::GenerationDone);
         self.done = true;
         *self.store.layout() = self.layout.take().map(|layout| layout.committed(manifest_node));
         *self.store.inner.dedup.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut self.dedup);

@@ -234,6 +234,37 @@ impl CrashVfs {
     pub fn flip(&self, path: &Path, offset: u64, mask: u8) -> io::Result<()> {
         self.lock().disk.flip(path, offset, mask)
     }
+
+    /// As [`Vfs::open`].
+    pub(crate) fn open_file(&self, path: &Path, mode: OpenMode) -> io::Result<CrashFile> {
+        let mut shared = self.lock();
+        shared.powered()?;
+        let id = match (shared.disk.lookup(path), mode) {
+            (Ok(_), OpenMode::CreateNew) => return Err(io::ErrorKind::AlreadyExists.into()),
+            (Ok(id), _) => {
+                shared.disk.file(id)?;
+                if mode == OpenMode::CreateTruncate {
+                    shared.op(format!("truncate {}", path.display()), |s| s.disk.set_len(id, 0))?;
+                }
+                id
+            }
+            (Err(error), OpenMode::Read | OpenMode::ReadWrite) => return Err(error),
+            (Err(error), _) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            (Err(_), _) => {
+                shared.op(format!("create {}", path.display()), |s| s.disk.create(path).map(drop))?;
+                shared.disk.lookup(path)?
+            }
+        };
+        shared.handles += 1;
+        Ok(CrashFile {
+            vfs: self.clone(),
+            id,
+            handle: shared.handles,
+            writable: mode != OpenMode::Read,
+            path: path.to_owned(),
+            poison: Poison::default(),
+        })
+    }
 }
 
 impl Shared {
@@ -283,33 +314,7 @@ impl Shared {
 
 impl Vfs for CrashVfs {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Box<dyn VfsFile>> {
-        let mut shared = self.lock();
-        shared.powered()?;
-        let id = match (shared.disk.lookup(path), mode) {
-            (Ok(_), OpenMode::CreateNew) => return Err(io::ErrorKind::AlreadyExists.into()),
-            (Ok(id), _) => {
-                shared.disk.file(id)?;
-                if mode == OpenMode::CreateTruncate {
-                    shared.op(format!("truncate {}", path.display()), |s| s.disk.set_len(id, 0))?;
-                }
-                id
-            }
-            (Err(error), OpenMode::Read | OpenMode::ReadWrite) => return Err(error),
-            (Err(error), _) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            (Err(_), _) => {
-                shared.op(format!("create {}", path.display()), |s| s.disk.create(path).map(drop))?;
-                shared.disk.lookup(path)?
-            }
-        };
-        shared.handles += 1;
-        Ok(Box::new(CrashFile {
-            vfs: self.clone(),
-            id,
-            handle: shared.handles,
-            writable: mode != OpenMode::Read,
-            path: path.to_owned(),
-            poison: Poison::default(),
-        }))
+        Ok(Box::new(self.open_file(path, mode)?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -376,7 +381,7 @@ impl Vfs for CrashVfs {
 
 /// A handle on a file of a [`CrashVfs`].
 #[derive(Debug)]
-struct CrashFile {
+pub(crate) struct CrashFile {
     vfs: CrashVfs,
     id: Id,
     handle: u64,
@@ -393,6 +398,12 @@ impl CrashFile {
         }
         let what = format!("{what} {}", self.path.display());
         self.vfs.lock().op(what, |s| happens(&mut s.disk))
+    }
+
+    /// Writes bytes that are on the medium at once, whatever else of the file is not.
+    pub(crate) fn arrive(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let what = format!("write durably {} bytes at {offset} of", bytes.len());
+        self.change(&what, |disk| disk.arrive(self.id, bytes, offset))
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -7,6 +7,8 @@
 //! * [`crash::CrashVfs`]: a simulated disk in memory that, at a cut, applies, drops, tears and reorders whatever
 //!   was not flushed, so that a test can ask "and if the power goes *here*?" at every single step.
 //!
+//! [`cut`] brings the two together: a process on the first, whose writes a simulated cut then takes from its disk by the rules of the second.
+//!
 //! # What is durable, and when
 //!
 //! The rules are those of POSIX as file systems keep them, and no kinder:
@@ -28,6 +30,7 @@ use std::path::Path;
 mod aio;
 mod buffer;
 pub mod crash;
+pub mod cut;
 pub mod host;
 mod poison;
 

@@ -36,7 +36,6 @@ mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use allocator::{CatalogError, Pool, PoolError};
 use anyhow::Context as _;
@@ -44,7 +43,6 @@ use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use vfs::host::HostVfs;
 
 use crate::machine::config::ConfigError;
 
@@ -121,12 +119,12 @@ struct Environment {
 impl Environment {
     /// The pool, which must be there.
     fn open_pool(&self) -> anyhow::Result<Pool> {
-        Ok(Pool::open(&self.pool, Arc::new(HostVfs))?)
+        Ok(Pool::open(&self.pool, vfs::cut::host())?)
     }
 
     /// The pool, if there is one.
     fn open_pool_if_any(&self) -> anyhow::Result<Option<Pool>> {
-        match Pool::open(&self.pool, Arc::new(HostVfs)) {
+        match Pool::open(&self.pool, vfs::cut::host()) {
             Err(PoolError::Catalog(CatalogError::Missing { .. })) => Ok(None),
             other => Ok(Some(other?)),
         }
@@ -134,7 +132,7 @@ impl Environment {
 
     /// The pool, made if it is not there.
     fn open_or_create_pool(&self) -> anyhow::Result<Pool> {
-        Ok(Pool::create_or_open(&self.pool, Arc::new(HostVfs))?)
+        Ok(Pool::create_or_open(&self.pool, vfs::cut::host())?)
     }
 }
 

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use allocator::RegionError;
 use serde::{Deserialize, Serialize};
+use vfs::cut::point::{Point, pass};
 
 use super::context::{self, ConsoleStateV1, ContextError, ContextV1, Encoded, FrozenV1, Standing};
 use super::paging::Persisted;
@@ -145,14 +146,18 @@ pub fn freeze(
     power_back: &AtomicBool,
 ) -> Result<FreezeReport, FreezeError> {
     let mut steps = Stopwatch::start(power_back);
+    pass(Point::FreezeSignal);
     regions.hold_restore(true);
     let (state, still) = hold_still(machine, surroundings, Output::Durable, &mut steps)?;
     let StillSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns } = still;
     let mut took = FreezeSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns, ..FreezeSteps::default() };
 
+    pass(Point::FreezeStill);
     regions.hold_paging(true);
     let restoring = regions.restoring();
+    pass(Point::FreezePersist);
     let Persisted { bytes, paged } = regions.persist_memory()?;
+    pass(Point::FreezeDisks);
     regions.persist_storage()?;
     took.persist_ns = steps.next()?;
 
@@ -167,11 +172,14 @@ pub fn freeze(
     let encoded = Encoded::new(&context)?;
     took.encode_ns = steps.next()?;
 
+    pass(Point::FreezeContext);
     regions.write_context(&encoded)?;
     took.context_ns = steps.next()?;
 
+    pass(Point::FreezeStamp);
     regions.stamp_clean(sequence)?;
     took.stamp_ns = steps.lap();
+    pass(Point::FreezeDone);
 
     Ok(FreezeReport {
         sequence,
@@ -235,7 +243,9 @@ pub fn thaw(
     vcpus: Vcpus,
 ) -> Result<(), FreezeError> {
     // Durably, before any vCPU runs: from then on RAM is no longer that of the context.
+    pass(Point::ThawClear);
     regions.clear_stamp()?;
+    pass(Point::ThawDone);
     regions.hold_restore(false);
     regions.hold_paging(false);
     let_go(machine, surroundings, vcpus)

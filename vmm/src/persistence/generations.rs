@@ -10,11 +10,9 @@
 //! ```
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use allocator::{NameError, RegionName};
 use snapshot::{Compression, Integrity, Options, RetentionPolicy, Store, StoreError};
-use vfs::host::HostVfs;
 
 use crate::machine::config::VmConfig;
 use crate::machine::config::generations::{self as config, GenerationsConfig};
@@ -68,7 +66,7 @@ pub fn store_dir(pool: &Path, family: &str) -> PathBuf {
 /// [`GenerationsError`].
 pub fn open(pool: &Path, family: &str, config: &GenerationsConfig) -> Result<Store, GenerationsError> {
     check(family)?;
-    Ok(Store::open(Arc::new(HostVfs), &store_dir(pool, family), options(config))?)
+    Ok(Store::open(vfs::cut::host(), &store_dir(pool, family), options(config))?)
 }
 
 /// Opens the store of a family; `None` if there is none.
@@ -81,7 +79,7 @@ pub fn open_existing(pool: &Path, family: &str, config: &GenerationsConfig) -> R
     if !directory.exists() {
         return Ok(None);
     }
-    Ok(Some(Store::open_existing(Arc::new(HostVfs), &directory, options(config))?))
+    Ok(Some(Store::open_existing(vfs::cut::host(), &directory, options(config))?))
 }
 
 /// A family's name is read from disk, and becomes a part of a path.

@@ -18,6 +18,7 @@
 //! A refusal after `clear` stamps the RAM again: no vCPU has run, so it is still that of the context.
 
 use allocator::RegionError;
+use vfs::cut::point::{Point, pass};
 
 use super::context::{ConsoleStateV1, FrozenV1, Standing};
 use super::recovery::{Doubt, assess};
@@ -81,14 +82,17 @@ pub fn resume(
     restore_console: impl FnOnce(&ConsoleStateV1),
 ) -> Result<Machine, ResumeError> {
     assess(regions).map_err(|doubt| ResumeError::Refused { name: regions.name().to_owned(), doubt })?;
+    pass(Point::ResumeVerified);
     let sequence = regions.context().sequence;
     let host = Host::open()?;
     let name = regions.name().to_owned();
     regions.go_on_restoring(paging).map_err(|source| ResumeError::Restoring { name, source })?;
+    pass(Point::ResumeClear);
     let restored = regions
         .assemble(host, wiring)
         .map_err(ResumeError::from)
         .and_then(|mut machine| restore(&mut machine, regions, restore_console).map(|()| machine));
+    pass(Point::ResumeAssembled);
     if restored.is_err() {
         // No vCPU has run: RAM is what it was.
         regions.stamp_clean(sequence)?;

@@ -30,6 +30,7 @@ use snapshot::{
     Depth, Generation, GenerationId, NewGeneration, PageSink, Parent, Reader, RegionInfo, RegionSpec, RestoreReport,
     Store, StoreError, Writer,
 };
+use vfs::cut::point::{Point, pass};
 
 use super::capture;
 use super::context::{self, ContextError, ContextV1, Standing};
@@ -342,7 +343,9 @@ pub fn restore(
         frozen.paged = paged;
         frozen.restoring = base.as_ref().map(nothing_yet);
     }
+    pass(Point::RecoveryAdopt);
     regions.adopt(ContextV1 { sequence: regions.next_sequence(), written_ns: context::now_ns(), config, standing })?;
+    pass(Point::RecoveryDone);
     if let Some(base) = base.as_ref().filter(|base| !base.protected) {
         store.protect(&base.id, true)?;
     }
@@ -370,6 +373,7 @@ pub fn recover(store: &Store, regions: &mut VmRegions, pages: &mut Pages<'_>) ->
             .verify(&generation.id, Depth::Structure)
             .map_err(RollbackError::from)
             .and_then(|()| Plan::new(store, &generation.id, &name, Some(regions.config().memory.0)))
+            .inspect(|_| pass(Point::RecoveryChosen))
             .and_then(|plan| restore(store, &plan, regions, pages));
         match attempt {
             Ok(report) => return Ok(Restored { generation, kept: None, skipped, report, took: begun.elapsed() }),

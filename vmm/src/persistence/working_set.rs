@@ -10,8 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use allocator::frame;
-use vfs::host::HostVfs;
-use vfs::{OpenMode, Vfs};
+use vfs::OpenMode;
 
 const MAGIC: [u8; 8] = *b"PDWRKSET";
 const VERSION: u32 = 1;
@@ -28,7 +27,7 @@ pub fn path(pool: &Path, name: &str) -> PathBuf {
 /// The clusters to fetch first; none if there is no record, or none for clusters of this size.
 pub(super) fn read(pool: &Path, name: &str, cluster: u64) -> Vec<u32> {
     let read = || -> io::Result<Vec<u8>> {
-        let file = HostVfs.open(&path(pool, name), OpenMode::Read)?;
+        let file = vfs::cut::host().open(&path(pool, name), OpenMode::Read)?;
         let length = usize::try_from(file.len()?).unwrap_or(usize::MAX).min(frame::HEADER_LEN + BODY_MAX);
         let mut bytes = vec![0; length];
         file.read_exact_at(&mut bytes, 0)?;
@@ -68,8 +67,9 @@ fn write(pool: &Path, name: &str, cluster: u64, record: &[u32]) -> io::Result<()
     body.extend(record.iter().flat_map(|number| number.to_le_bytes()));
     let path = path(pool, name);
     let new = path.with_added_extension("new");
-    HostVfs.open(&new, OpenMode::CreateTruncate)?.write_all_at(&frame::encode(MAGIC, VERSION, &body), 0)?;
-    HostVfs.rename(&new, &path)
+    let vfs = vfs::cut::host();
+    vfs.open(&new, OpenMode::CreateTruncate)?.write_all_at(&frame::encode(MAGIC, VERSION, &body), 0)?;
+    vfs.rename(&new, &path)
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ use allocator::filler::FillerEvents;
 use allocator::paging::PagingEvents;
 use devices::MachineRequest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vfs::cut::point::{Point, pass};
 
 use console::{Console, ConsoleError};
 use control::{ControlError, ControlServer, Pending, Request, Response, socket_path};
@@ -259,6 +260,7 @@ impl Supervisor {
             generations.build_on(restoring.generation(), restoring.changed_before(), &machine)?;
         }
         let ram_budget = place.begin(regions.pager()).map_err(system("start the thread of the budget of RAM"))?;
+        pass(Point::ResumeRun);
         // Its threads are in jail.
         machine.run()?;
         // This one follows beside the guest, which does not wait for it: before anything is taken from the guest, or from a client.

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use allocator::budget::{Budget, BudgetError, Grant, Member, Usage};
 use allocator::paging::{Geometry, Pager, PagingStatus};
 use allocator::{Pool, RegionName};
-use vfs::host::HostVfs;
 
 use crate::machine::config::VmConfig;
 use crate::machine::jail::{self, Role};
@@ -55,7 +54,7 @@ impl Place {
         match self {
             Self::Taken(member) => Ok(*member),
             Self::Later { pool, region, size } => {
-                Budget::of(&Pool::open(&pool, Arc::new(HostVfs))?)?.join(region, size, size)
+                Budget::of(&Pool::open(&pool, vfs::cut::host())?)?.join(region, size, size)
             }
         }
     }

@@ -268,6 +268,18 @@ impl Disk {
         Ok(())
     }
 
+    /// Writes bytes that are durable at once. Older bytes of these sectors that are pending cannot come after them.
+    pub(super) fn arrive(&mut self, id: Id, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write(id, bytes, offset)?;
+        let file = self.file(id)?;
+        let Some(change) = file.pending.pop() else { return Ok(()) };
+        for older in &mut file.pending {
+            older.sectors.retain(|number, _| !change.sectors.contains_key(number));
+        }
+        file.durable.apply(&change, |_| true, true);
+        Ok(())
+    }
+
     /// Reserves as much as there is room for, as ext4 does; `NOSPC` if that is not all.
     pub(super) fn allocate(&mut self, id: Id, offset: u64, length: u64) -> io::Result<()> {
         let fits = self.room(id, offset, length)?;
