@@ -7,7 +7,7 @@
 //! ```text
 //!   cli            one command a file; what people and scripts see
 //!    │
-//!   bench          measures what the README promises
+//!   bench, outage  measures what the README promises; simulates cuts of the power
 //!    │
 //!   supervisor     one process, one VM: its life, its signals, its control socket, its terminal
 //!    │
@@ -34,5 +34,6 @@
 pub mod bench;
 pub mod cli;
 pub mod machine;
+pub mod outage;
 pub mod persistence;
 pub mod supervisor;

@@ -16,6 +16,7 @@ mod list;
 mod live;
 mod man;
 mod names;
+mod outage;
 mod output;
 mod pause;
 mod pool;
@@ -102,6 +103,7 @@ enum Command {
     Import(import::Args),
     Remove(remove::Args),
     Pool(pool::Args),
+    Outage(outage::Args),
     Demo(demo::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
@@ -205,6 +207,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Import(args) => import::run(&environment, &args).map(done),
         Command::Remove(args) => remove::run(&environment, &args).map(done),
         Command::Pool(args) => pool::run(&environment, &args),
+        Command::Outage(args) => outage::run(&environment, &args),
         Command::Demo(args) => demo::run(&args).map(done),
         Command::Bench(args) => bench::run(&environment, &args).map(done),
         Command::Doctor(args) => doctor::run(&environment, &args),

@@ -7,12 +7,19 @@
 use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+use std::{io, thread};
+
+use rustix::io::Errno;
 
 use super::log::Kind;
 
 /// Names where the process kills itself.
 pub const CUT_AT: &str = "PERDURE_CUT_AT";
+
+/// Names what is to go wrong with the medium.
+pub const FAULT: &str = "PERDURE_CUT_FAULT";
 
 macro_rules! points {
     ($($(#[doc = $doc:literal])+ $point:ident = $name:literal,)+) => {
@@ -152,10 +159,85 @@ fn cut_at() -> Option<CutAt> {
 /// Operations until the cut; 0: none is due.
 static COUNTDOWN: AtomicU64 = AtomicU64::new(0);
 
+/// What a medium does that fails while the power is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failing {
+    /// Writes and flushes fail with `EIO`.
+    IoError,
+    /// Writes fail with `ENOSPC`.
+    Full,
+    /// Each flush takes so much longer, in milliseconds.
+    Slow(u64),
+    /// Flushes are not done, and say that they were.
+    Lies,
+}
+
+/// A medium that fails from a point on to the next one that is passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fault {
+    /// How.
+    pub failing: Failing,
+    /// From here on.
+    pub point: Point,
+}
+
+/// No fault is so called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NoSuchFault(String);
+
+impl fmt::Display for NoSuchFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} is no fault: there are io-error@POINT, full@POINT, slow:20ms@POINT and lies@POINT", self.0)
+    }
+}
+
+impl std::error::Error for NoSuchFault {}
+
+impl FromStr for Fault {
+    type Err = NoSuchFault;
+
+    fn from_str(text: &str) -> Result<Self, NoSuchFault> {
+        let unknown = || NoSuchFault(text.to_owned());
+        let (failing, point) = text.split_once('@').ok_or_else(unknown)?;
+        let CutAt { point, operation: 0 } = point.parse().map_err(|_| unknown())? else { return Err(unknown()) };
+        let failing = match (failing, failing.strip_prefix("slow:").and_then(|time| time.strip_suffix("ms"))) {
+            ("io-error", _) => Failing::IoError,
+            ("full", _) => Failing::Full,
+            ("lies", _) => Failing::Lies,
+            (_, Some(time)) => Failing::Slow(time.parse().map_err(|_| unknown())?),
+            _ => return Err(unknown()),
+        };
+        Ok(Self { failing, point })
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.failing {
+            Failing::IoError => write!(f, "io-error@{}", self.point),
+            Failing::Full => write!(f, "full@{}", self.point),
+            Failing::Lies => write!(f, "lies@{}", self.point),
+            Failing::Slow(time) => write!(f, "slow:{time}ms@{}", self.point),
+        }
+    }
+}
+
+fn fault() -> Option<Fault> {
+    static FAULTY: OnceLock<Option<Fault>> = OnceLock::new();
+    let parse = |text: String| text.parse().unwrap_or_else(|_| std::process::abort());
+    *FAULTY.get_or_init(|| std::env::var(FAULT).ok().map(parse))
+}
+
+/// The fault is there now.
+static FAILS: AtomicBool = AtomicBool::new(false);
+
 /// The process passes `point`.
 pub fn pass(point: Point) {
     if let Some(recorder) = super::recorder() {
         recorder.note(Kind::Point, [point as u64, 0, 0], &[]);
+    }
+    if let Some(fault) = fault() {
+        FAILS.store(fault.point == point, Ordering::SeqCst);
     }
     let Some(at) = cut_at() else { return };
     let here = at.point == point;
@@ -165,11 +247,37 @@ pub fn pass(point: Point) {
     COUNTDOWN.store(if here { at.operation } else { 0 }, Ordering::SeqCst);
 }
 
-/// An operation is about to change the file system.
-pub(super) fn operation() {
+/// What is about to be done to the file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Operation {
+    /// Bytes, lengths, room.
+    Write,
+    /// Names.
+    Name,
+    /// Making it durable.
+    Sync,
+}
+
+/// Whether a flush is not to be done that is to say that it was.
+pub(super) fn is_lied_to() -> bool {
+    fault().is_some_and(|fault| fault.failing == Failing::Lies) && FAILS.load(Ordering::SeqCst)
+}
+
+/// An operation is about to change the file system. An error is what it is to fail with.
+pub(super) fn operation(what: Operation) -> io::Result<()> {
     let counted = COUNTDOWN.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
     if counted == Ok(1) {
         die();
+    }
+    let Some(fault) = fault().filter(|_| FAILS.load(Ordering::SeqCst)) else { return Ok(()) };
+    match (fault.failing, what) {
+        (Failing::IoError, Operation::Write | Operation::Sync) => Err(Errno::IO.into()),
+        (Failing::Full, Operation::Write) => Err(Errno::NOSPC.into()),
+        (Failing::Slow(time), Operation::Sync) => {
+            thread::sleep(Duration::from_millis(time));
+            Ok(())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -190,6 +298,14 @@ mod tests {
                 let at = CutAt { point: *point, operation };
                 assert_eq!(at.to_string().parse(), Ok(at));
             }
+        }
+        for fault in
+            ["io-error@freeze.persist", "full@generation.pages", "lies@freeze.context", "slow:20ms@freeze.stamp"]
+        {
+            assert_eq!(fault.parse::<Fault>().unwrap().to_string(), fault);
+        }
+        for wrong in ["", "full", "full@", "slow:x@freeze.stamp", "odd@freeze.stamp", "full@freeze.stamp+1"] {
+            assert!(wrong.parse::<Fault>().is_err(), "{wrong}");
         }
         for wrong in ["", "freeze", "freeze.persist+", "freeze.persist+x", "freeze.persist+-1"] {
             let error = wrong.parse::<CutAt>().unwrap_err();

@@ -4,12 +4,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::log::{Entry, Kind};
-use super::point;
+use super::point::{Operation, is_lied_to, operation};
+use crate::poison::Poison;
 use crate::{Cached, DirEntry, EntryKind, HostVfs, OpenMode, ReadFrom, Space, Vfs, VfsFile};
 
 /// Appends to the record.
@@ -45,7 +46,10 @@ impl Recorder {
     /// Runs a sync. It covers what was recorded before it began, and counts from when it returned.
     fn sync(&self, kind: Kind, handle: u64, path: &[u8], sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let number = self.number();
-        point::operation();
+        operation(Operation::Sync)?;
+        if is_lied_to() {
+            return Ok(());
+        }
         self.note(kind, [handle, number, 0], &[path]);
         sync()?;
         self.note(Kind::Synced, [0, number, 0], &[]);
@@ -67,7 +71,7 @@ impl RecordingVfs {
     }
 
     fn change(&self, kind: Kind, path: &Path, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        point::operation();
+        operation(Operation::Name)?;
         change()?;
         self.recorder.note(kind, [0; 3], &[path.as_os_str().as_bytes()]);
         Ok(())
@@ -97,16 +101,17 @@ impl Vfs for RecordingVfs {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Box<dyn VfsFile>> {
         let Some(number) = mode_number(mode) else { return HostVfs.open(path, mode) };
         if number > 0 {
-            point::operation();
+            operation(Operation::Name)?;
         }
         let file = HostVfs.open(path, mode)?;
         let handle = self.recorder.number();
         self.recorder.note(Kind::Open, [handle, number, 0], &[path.as_os_str().as_bytes()]);
-        Ok(Box::new(RecordingFile { file, handle, recorder: Arc::clone(&self.recorder) }))
+        let (path, recorder) = (path.to_owned(), Arc::clone(&self.recorder));
+        Ok(Box::new(RecordingFile { file, handle, path, recorder, poison: Poison::default() }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        point::operation();
+        operation(Operation::Name)?;
         HostVfs.rename(from, to)?;
         let (from, to) = (from.as_os_str().as_bytes(), to.as_os_str().as_bytes());
         self.recorder.note(Kind::Rename, [from.len() as u64, 0, 0], &[from, to]);
@@ -147,10 +152,20 @@ impl Vfs for RecordingVfs {
 struct RecordingFile {
     file: Box<dyn VfsFile>,
     handle: u64,
+    /// For messages alone.
+    path: PathBuf,
     recorder: Arc<Recorder>,
+    /// Of failures that are only simulated: the file knows of its own.
+    poison: Poison,
 }
 
 impl RecordingFile {
+    /// Lets an operation begin, or fail.
+    fn begin(&self) -> io::Result<()> {
+        self.poison.check(&self.path)?;
+        operation(Operation::Write)
+    }
+
     fn change(
         &self,
         kind: Kind,
@@ -158,10 +173,15 @@ impl RecordingFile {
         b: u64,
         change: impl FnOnce(&dyn VfsFile) -> io::Result<()>,
     ) -> io::Result<()> {
-        point::operation();
+        self.begin()?;
         change(&*self.file)?;
         self.recorder.note(kind, [self.handle, a, b], &[]);
         Ok(())
+    }
+
+    fn sync(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        self.poison.check(&self.path)?;
+        self.recorder.sync(Kind::Sync, self.handle, &[], sync).inspect_err(|_| self.poison.set())
     }
 }
 
@@ -179,21 +199,27 @@ impl VfsFile for RecordingFile {
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        point::operation();
+        self.begin()?;
         self.file.write_all_at(bytes, offset)?;
         self.recorder.note(Kind::Write, [self.handle, offset, 0], &[bytes]);
         Ok(())
     }
 
     fn write_durable_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        point::operation();
+        self.poison.check(&self.path)?;
+        // It fails as a sync does: nobody knows then what is there.
+        operation(Operation::Sync).inspect_err(|_| self.poison.set())?;
+        operation(Operation::Write)?;
+        if is_lied_to() {
+            return self.write_all_at(bytes, offset);
+        }
         self.file.write_durable_at(bytes, offset)?;
         self.recorder.note(Kind::WriteDurable, [self.handle, offset, 0], &[bytes]);
         Ok(())
     }
 
     fn write_many(&self, parts: &[(u64, &[u8])]) -> io::Result<()> {
-        point::operation();
+        self.begin()?;
         self.file.write_many(parts)?;
         for (offset, bytes) in parts {
             self.recorder.note(Kind::Write, [self.handle, *offset, 0], &[bytes]);
@@ -222,11 +248,11 @@ impl VfsFile for RecordingFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.recorder.sync(Kind::Sync, self.handle, &[], || self.file.sync_data())
+        self.sync(|| self.file.sync_data())
     }
 
     fn sync_all(&self) -> io::Result<()> {
-        self.recorder.sync(Kind::Sync, self.handle, &[], || self.file.sync_all())
+        self.sync(|| self.file.sync_all())
     }
 
     fn try_lock(&self) -> io::Result<bool> {
@@ -245,6 +271,7 @@ impl VfsFile for RecordingFile {
         let Some(file) = self.file.direct()? else { return Ok(None) };
         let handle = self.recorder.number();
         self.recorder.note(Kind::Again, [handle, self.handle, 0], &[]);
-        Ok(Some(Box::new(Self { file, handle, recorder: Arc::clone(&self.recorder) })))
+        let (path, recorder) = (self.path.clone(), Arc::clone(&self.recorder));
+        Ok(Some(Box::new(Self { file, handle, path, recorder, poison: Poison::default() })))
     }
 }

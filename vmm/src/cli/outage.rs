@@ -1,0 +1,183 @@
+//! `perdure outage`
+
+use std::process::ExitCode;
+
+use allocator::MediumKind;
+use vfs::cut::point::Fault;
+
+use super::output::say;
+use super::{Environment, output};
+use crate::machine::config::ByteSize;
+use crate::outage::interrupt::Interrupt;
+use crate::outage::plan::{Cut, HoldUpLength, Moment, OutagePlan, VmPlan};
+use crate::outage::report::{OutageReport, Summary, Verdict, VmOutage, WentOnFrom};
+use crate::outage::simulation::Simulation;
+
+/// Simulate power outages, and prove that nothing is lost.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Run a VM, let the power fail, take what a cut takes, resume, and let the guest verify itself
+    ///
+    /// The VM runs in a pool of its own, which is removed in the end: nothing else is touched. The power-fail signal comes, exactly the
+    /// hold-up passes, and its process is killed. Then everything is taken from its pool that its medium would have lost: on nvdimm what was not
+    /// saved; of files what no flush had covered, which is there, is not, or is torn, as the seed has it. What survived is held against what
+    /// was said to be durable, the VM goes on from it, and its output is recomputed from the beginning.
+    Run(Box<RunArgs>),
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    /// An embedded guest [default: counter]
+    #[arg(long, value_name = "GUEST")]
+    guest: Option<String>,
+    /// Its command line
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Its memory
+    #[arg(long, value_name = "SIZE", default_value = "16M")]
+    memory: ByteSize,
+    /// Its vCPUs
+    #[arg(long, value_name = "N", default_value = "1")]
+    cpus: u32,
+    /// What it lies on: file, dax or nvdimm [default: file]
+    #[arg(long, value_name = "MEDIUM")]
+    medium: Option<MediumKind>,
+    /// How often it takes a generation, to go on from when a freeze does not fit into the hold-up; 0s: never
+    #[arg(long, value_name = "TIME", default_value = "250ms")]
+    snapshot_every: String,
+    /// Generations that stay at most, so that some are purged
+    #[arg(long, value_name = "N")]
+    max_snapshots: Option<u32>,
+    /// When the power-fail signal comes, counted from the guest's first output, as in 2s; or random (20 ms to 1 s)
+    #[arg(long, value_name = "TIME|random", default_value = "2s")]
+    at: Moment,
+    /// From the signal to darkness, as in 16ms (ATX power supplies give 11 to 17 ms); none: as long as the freeze takes
+    #[arg(long, value_name = "TIME|none", default_value = "16ms")]
+    holdup: HoldUpLength,
+    /// When darkness comes: after-holdup; at:PHASE (as in at:freeze.context, at:resume.clear+2: before the second write after it); random (within
+    /// the hold-up, or without a signal); unannounced; never (the power comes back within the hold-up)
+    #[arg(long, value_name = "WHEN", default_value = "after-holdup")]
+    cut: Cut,
+    /// What its medium does from a point on to the next one: io-error@PHASE, full@PHASE, slow:20ms@PHASE (each flush), lies@PHASE (flushes are
+    /// not done, and say that they were: this must end in a violation)
+    #[arg(long, value_name = "FAULT")]
+    fault: Option<Fault>,
+    /// How many outages, one after the other
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    repeat: u32,
+    /// Draws the same times, cuts and losses again [default: another one each time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+impl RunArgs {
+    fn vm(&self) -> VmPlan {
+        VmPlan {
+            guest: self.guest.clone().unwrap_or_else(|| "counter".to_owned()),
+            cmdline: self.cmdline.clone(),
+            cpus: self.cpus,
+            memory: self.memory,
+            medium: self.medium,
+            snapshot_every: Some(self.snapshot_every.clone()),
+            max_snapshots: self.max_snapshots,
+            priority: 0,
+        }
+    }
+
+    fn plan(&self) -> OutagePlan {
+        OutagePlan { at: self.at, holdup: self.holdup.0, cut: self.cut, fault: self.fault, ..OutagePlan::default() }
+    }
+}
+
+pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<ExitCode> {
+    let What::Run(args) = &args.what;
+    let interrupt = Interrupt::listen()?;
+    let seed = args.seed.unwrap_or_else(new_seed);
+    let simulation = Simulation::new(&environment.pool, &[args.vm()], interrupt)?;
+    if !args.json {
+        say!("seed {seed}");
+    }
+    let mut tell = |outage: &OutageReport| {
+        if !args.json {
+            tell(outage);
+        }
+    };
+    let report = simulation.run(&[args.plan()], args.repeat, seed, &mut tell)?;
+    if args.json {
+        output::json(&report)?;
+    } else {
+        sum_up(&report.summary);
+    }
+    Ok(if report.summary.violations == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// One that nobody chose.
+fn new_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // Short enough to be typed.
+    std::hash::RandomState::new().build_hasher().finish() >> 32
+}
+
+fn tell(outage: &OutageReport) {
+    for vm in &outage.vms {
+        let went = match &vm.went_on {
+            WentOnFrom::Running => "ran on: the power came back".to_owned(),
+            WentOnFrom::Context { sequence } => format!("went on from context {sequence}"),
+            WentOnFrom::Generation { generation, .. } => {
+                format!("went on from {generation}, {} old", output::time(vm.lost_ns))
+            }
+            WentOnFrom::Boot => format!("booted anew, {} lost", output::time(vm.lost_ns)),
+        };
+        let resumed = vm.resume_ns.map(|time| format!(" in {}", output::time(time))).unwrap_or_default();
+        let verdict = match &vm.verdict {
+            Verdict::Unbroken { links } => format!("unbroken ({links} links)"),
+            Verdict::RunsOn => "runs on".to_owned(),
+            Verdict::Violated { why } => format!("VIOLATED: {why}"),
+        };
+        let OutageReport { number, seed, cut, lost_bytes, .. } = outage;
+        say!(
+            "{number:>4}  {} {cut}, {}; lost {}; {went}{resumed}; {verdict}  [seed {seed}]",
+            vm.name,
+            froze(outage, vm),
+            output::bytes(*lost_bytes)
+        );
+    }
+}
+
+/// The freeze, in words.
+fn froze(outage: &OutageReport, vm: &VmOutage) -> String {
+    let missed = || match (outage.dark_ns, &vm.not_frozen) {
+        (None, Some(_)) => "freeze called off".to_owned(),
+        (Some(dark), _) if vm.warned => format!("not frozen: dark after {}", output::time(dark)),
+        _ => "no warning".to_owned(),
+    };
+    vm.freeze.map_or_else(missed, |freeze| {
+        let left = freeze.holdup_left_ns.map(|left| format!(", {} left", output::time(left))).unwrap_or_default();
+        format!("frozen in {}{left}", output::time(freeze.total_ns))
+    })
+}
+
+fn sum_up(summary: &Summary) {
+    let Summary { outages, cuts, from_context, from_generation, from_boot, ran_on, violations, .. } = summary;
+    say!(
+        "{outages} outages, {cuts} cuts: {from_context} went on from a context, {from_generation} from a generation, {from_boot} from their kernel, \
+         {ran_on} ran on; {violations} violations"
+    );
+    if let Some(met) = summary.holdup_met_percent {
+        say!("hold-ups met: {met:.1} %");
+    }
+    let freeze = summary.freeze;
+    if freeze.samples > 0 {
+        say!("signal to all durable: p50 {}, p99 {}", output::time(freeze.p50_ns), output::time(freeze.p99_ns));
+    }
+    say!("resumed: p50 {}, p99 {}", output::time(summary.resume.p50_ns), output::time(summary.resume.p99_ns));
+}

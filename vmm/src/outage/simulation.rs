@@ -1,0 +1,574 @@
+//! Outages, one after the other.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use guests::random::SplitMix64;
+use vfs::cut::image::Loss;
+
+use super::OutageError;
+use super::ground::Ground;
+use super::interrupt::Interrupt;
+use super::judge::{Transcript, first_link};
+use super::life::{Doom, was_cut};
+use super::plan::{Drawn, DrawnCut, OutagePlan, VmPlan};
+use super::report::{OutageReport, SimulationReport, Summary, Verdict, VmOutage, WentOnFrom};
+use super::subject::{PATIENCE, Subject, Way};
+use super::warning::{Answer, Answered, Warning, power_back};
+use crate::machine::time::nanoseconds;
+
+/// How long a point is waited for that a process is to cut itself off at.
+const POINT_PATIENCE: Duration = Duration::from_secs(10);
+/// Between two power failures of a flapping supply.
+const FLAP_PAUSE: Duration = Duration::from_millis(5);
+/// A VM is told a hold-up that is longer by this where the power comes back within it: that is the simulator's to say.
+const GRACE: Duration = Duration::from_secs(10);
+/// Leaves seeds that can be typed.
+const SEED_SHIFT: u32 = 32;
+/// How many times a VM is started after an outage, at most.
+const ATTEMPTS: usize = 64;
+
+/// A machine, its VMs, and a supply that fails.
+#[derive(Debug)]
+pub struct Simulation {
+    subjects: Vec<Subject>,
+    ground: Ground,
+    interrupt: Interrupt,
+}
+
+/// How the power went.
+#[derive(Debug)]
+struct Darkness {
+    /// From the signal; `None` if it did not come.
+    after: Option<Duration>,
+    moment: Instant,
+    /// When, as generations are dated: milliseconds since 1970-01-01 UTC.
+    time_ms: u64,
+    answers: Vec<Answered>,
+    /// The power came back so often.
+    flaps: usize,
+}
+
+/// What became of a VM, as far as it is known before it runs again.
+#[derive(Debug)]
+struct Aftermath {
+    /// What it could go on from at first.
+    first: Way,
+    /// The last generation that it went back to.
+    recovered: Option<String>,
+    cut_off_at: Vec<String>,
+    attempts: u32,
+    /// Before the outage: the last link of its chain, the newest generation that was said to be durable, when it was booted.
+    last_link: Option<u64>,
+    told_generation: u64,
+    booted: Instant,
+    resume: Option<Duration>,
+    problems: Vec<String>,
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Simulation {
+    /// A machine with these VMs, whose pool lies below `parent`.
+    ///
+    /// # Errors
+    /// [`OutageError::System`].
+    pub fn new(parent: &Path, vms: &[VmPlan], interrupt: Interrupt) -> Result<Self, OutageError> {
+        let ground = Ground::create(parent)?;
+        let subject = |(index, plan): (usize, &VmPlan)| {
+            let name = if vms.len() == 1 { plan.guest.clone() } else { format!("{}-{}", plan.guest, index + 1) };
+            Subject {
+                run: plan.arguments(&name),
+                name,
+                priority: plan.priority,
+                chained: matches!(plan.guest.as_str(), "counter" | "smp"),
+                medium: String::new(),
+                life: None,
+                transcript: Transcript::default(),
+                rewinds: 0,
+                booted: Instant::now(),
+                told_generation: 0,
+            }
+        };
+        Ok(Self { subjects: vms.iter().enumerate().map(subject).collect(), ground, interrupt })
+    }
+
+    /// Goes through `plans`, and again, `count` outages in all. `tell` hears of each.
+    ///
+    /// # Errors
+    /// [`OutageError`]; a violation is none, but in the report.
+    pub fn run(
+        mut self,
+        plans: &[OutagePlan],
+        count: u32,
+        seed: u64,
+        tell: &mut dyn FnMut(&OutageReport),
+    ) -> Result<SimulationReport, OutageError> {
+        let mut seeds = SplitMix64::new(seed);
+        let mut seed_of = |index: u32| if index == 0 { seed } else { seeds.draw() >> SEED_SHIFT };
+        let drawn = (0..count).zip(plans.iter().cycle()).map(|(index, plan)| plan.draw(seed_of(index)));
+        let drawn: Vec<Drawn> = drawn.collect();
+        if let Some(first) = drawn.first().filter(|first| !first.birth) {
+            self.bear(first)?;
+        }
+        let mut outages = Vec::new();
+        for (index, now) in drawn.iter().enumerate() {
+            let number = u32::try_from(index).unwrap_or(u32::MAX).saturating_add(1);
+            let outage = self.outage(number, now, drawn.get(index + 1))?;
+            tell(&outage);
+            outages.push(outage);
+        }
+        let summary = Summary::of(&outages);
+        Ok(SimulationReport { seed, outages, summary })
+    }
+
+    fn pool(&self) -> PathBuf {
+        self.ground.pool()
+    }
+
+    /// Starts all VMs from their kernels.
+    fn bear(&mut self, first: &Drawn) -> Result<(), OutageError> {
+        let (pool, record) = (self.pool(), self.ground.record());
+        self.ground.settle()?;
+        for subject in &mut self.subjects {
+            subject.start(&Way::Boot, &pool, &record, Doom { cut_at: first.armed, fault: first.fault })?;
+        }
+        for subject in &mut self.subjects {
+            let up = subject.wait_until_up(&pool, &self.interrupt)?;
+            let cut = subject.life.as_mut().and_then(|life| life.ended()).is_some_and(was_cut);
+            if up.is_none() && !cut {
+                let words = subject.life.as_ref().map(|life| life.complaints()).unwrap_or_default();
+                return Err(OutageError::NotStarted { name: subject.name.clone(), words: words.trim().to_owned() });
+            }
+        }
+        Ok(())
+    }
+
+    /// The VMs as they were never before.
+    fn bear_anew(&mut self, drawn: &Drawn) -> Result<(), OutageError> {
+        let pool = self.pool();
+        for subject in &mut self.subjects {
+            subject.life = None;
+            subject.medium.clear();
+        }
+        let system = |source| OutageError::System { doing: "empty the simulator's pool", source };
+        std::fs::remove_dir_all(&pool).and_then(|()| std::fs::create_dir(&pool)).map_err(system)?;
+        self.bear(drawn)
+    }
+
+    fn outage(&mut self, number: u32, drawn: &Drawn, next: Option<&Drawn>) -> Result<OutageReport, OutageError> {
+        if drawn.birth {
+            self.bear_anew(drawn)?;
+        }
+        self.live(drawn)?;
+        let dark = self.power_goes(drawn)?;
+        let mut loss = Loss::default();
+        let aftermath = match dark.after {
+            Some(_) => self.come_back(drawn, next, &mut loss)?,
+            None => Vec::new(),
+        };
+        let mut vms = Vec::new();
+        let pool = self.pool();
+        for (index, subject) in self.subjects.iter_mut().enumerate() {
+            let answered = dark.answers.iter().rfind(|answered| answered.vm == index);
+            vms.push(match aftermath.get(index) {
+                Some(aftermath) => account(subject, drawn, &dark, answered, aftermath),
+                None => ran_on(subject, &pool, answered, &self.interrupt)?,
+            });
+        }
+        Ok(OutageReport {
+            number,
+            seed: drawn.seed,
+            cut: drawn.planned.clone(),
+            at_ns: nanoseconds(drawn.at),
+            holdup_ns: drawn.holdup.map(nanoseconds),
+            flaps: dark.flaps,
+            fault: drawn.fault.map(|fault| fault.to_string()),
+            dark_ns: dark.after.map(nanoseconds),
+            lost_bytes: loss.lost,
+            lost_files: loss.lost_names,
+            vms,
+        })
+    }
+
+    /// Until the power goes.
+    fn live(&mut self, drawn: &Drawn) -> Result<(), OutageError> {
+        let until = Instant::now() + drawn.at;
+        let pool = self.pool();
+        let by_itself = drawn.cut == (DrawnCut::ByItself { signalled: false });
+        let limit = until + if by_itself { POINT_PATIENCE } else { Duration::ZERO };
+        while Instant::now() < limit {
+            self.interrupt.wait_until((Instant::now() + Duration::from_millis(5)).min(limit))?;
+            for subject in &mut self.subjects {
+                let Some(status) = subject.life.as_mut().and_then(|life| life.ended()) else { continue };
+                if was_cut(status) && drawn.armed.is_some() {
+                    return Ok(());
+                }
+                let words = subject.life.as_ref().map(|life| life.complaints()).unwrap_or_default();
+                let words = format!("it ended by itself, with {status}: {}", words.trim());
+                return Err(OutageError::NotStarted { name: subject.name.clone(), words });
+            }
+        }
+        for subject in &mut self.subjects {
+            subject.note_generations(&pool);
+            if subject.medium.is_empty() {
+                let regions = allocator::Pool::open(&pool, vfs::cut::host())?.list();
+                let ram = format!("{}/ram", subject.name);
+                let found = regions.iter().find(|region| region.name.to_string() == ram);
+                subject.medium = found.map(|region| region.medium.to_string()).unwrap_or_default();
+            }
+        }
+        Ok(())
+    }
+
+    fn warn(&self, holdup: Option<Duration>) -> Warning {
+        let vms = self.subjects.iter().enumerate();
+        let vms = vms.map(|(index, subject)| (index, subject.name.clone(), subject.priority)).collect();
+        Warning::send(self.pool(), vms, holdup)
+    }
+
+    fn any_ended(&mut self) -> bool {
+        self.subjects.iter_mut().any(|subject| subject.life.as_mut().is_none_or(|life| life.ended().is_some()))
+    }
+
+    fn cut_all(&mut self) {
+        self.subjects.iter_mut().filter_map(|subject| subject.life.as_mut()).for_each(super::life::Life::cut);
+    }
+
+    /// From the signal to darkness, or to the return of the power.
+    fn power_goes(&mut self, drawn: &Drawn) -> Result<Darkness, OutageError> {
+        let mut dark = Darkness { after: None, moment: Instant::now(), time_ms: 0, answers: Vec::new(), flaps: 0 };
+        for back in &drawn.backs {
+            if self.any_ended() {
+                break;
+            }
+            self.interrupt.wait_until(Instant::now() + FLAP_PAUSE)?;
+            let warning = self.warn(Some(drawn.holdup.unwrap_or_default() + *back + GRACE));
+            self.interrupt.wait_until(warning.begun + *back)?;
+            let pool = self.pool();
+            for subject in &self.subjects {
+                // A refusal says that it was not warned yet, or has not begun; then it is once more.
+                let until = Instant::now() + PATIENCE;
+                while power_back(&pool, &subject.name).is_err_and(|why| why.contains("not out"))
+                    && Instant::now() < until
+                {
+                    self.interrupt.wait_until(Instant::now() + Duration::from_millis(1))?;
+                }
+            }
+            dark.answers = warning.finish();
+            dark.flaps += 1;
+        }
+        if drawn.cut == DrawnCut::Never {
+            return Ok(dark);
+        }
+        let (begun, warning) = match drawn.cut {
+            DrawnCut::Unannounced | DrawnCut::ByItself { signalled: false } => (Instant::now(), None),
+            _ if self.any_ended() => (Instant::now(), None),
+            _ => {
+                let warning = self.warn(drawn.holdup.filter(|_| !matches!(drawn.cut, DrawnCut::ByItself { .. })));
+                (warning.begun, Some(warning))
+            }
+        };
+        let warning = self.await_darkness(drawn, begun, warning)?;
+        self.cut_all();
+        dark.after = Some(if warning.is_some() { begun.elapsed() } else { Duration::ZERO });
+        (dark.moment, dark.time_ms) = (Instant::now(), now_ms());
+        if let Some(warning) = warning {
+            dark.answers = warning.finish();
+        }
+        Ok(dark)
+    }
+
+    fn await_darkness(
+        &mut self,
+        drawn: &Drawn,
+        begun: Instant,
+        warning: Option<Warning>,
+    ) -> Result<Option<Warning>, OutageError> {
+        let Some(mut warning) = warning else { return Ok(None) };
+        if let DrawnCut::After(time) = drawn.cut {
+            self.interrupt.wait_until(begun + time)?;
+            return Ok(Some(warning));
+        }
+        let limit = Instant::now() + PATIENCE;
+        while !warning.is_answered() && Instant::now() < limit {
+            let by_itself = matches!(drawn.cut, DrawnCut::ByItself { .. });
+            // One that is cut off takes all others with it.
+            if by_itself && self.any_ended() {
+                break;
+            }
+            self.interrupt.wait_until(Instant::now() + Duration::from_micros(500))?;
+        }
+        Ok(Some(warning))
+    }
+
+    /// From darkness until all VMs run.
+    fn come_back(
+        &mut self,
+        drawn: &Drawn,
+        next: Option<&Drawn>,
+        loss: &mut Loss,
+    ) -> Result<Vec<Aftermath>, OutageError> {
+        let (pool, record) = (self.pool(), self.ground.record());
+        let mut aftermath: Vec<Aftermath> = Vec::new();
+        for attempt in 0..ATTEMPTS {
+            self.bury()?;
+            let lost = self.ground.lose(drawn.loss_seed.wrapping_add(attempt as u64))?;
+            loss.lost += lost.lost;
+            loss.lost_names += lost.lost_names;
+            let mut ways = Vec::new();
+            for (index, subject) in self.subjects.iter_mut().enumerate() {
+                let way = subject.way(&pool)?;
+                match aftermath.get_mut(index) {
+                    Some(aftermath) => aftermath.attempts += 1,
+                    None => aftermath.push(Aftermath::new(way.clone(), subject)),
+                }
+                ways.push(way);
+            }
+            check_pool(&pool, &mut aftermath);
+            let again = drawn.again.get(attempt).copied();
+            let doom = match again {
+                Some(cut_at) => Doom { cut_at: Some(cut_at), fault: None },
+                None => next
+                    .filter(|next| !next.birth)
+                    .map_or_else(Doom::default, |next| Doom { cut_at: next.armed, fault: next.fault }),
+            };
+            self.ground.settle()?;
+            for (subject, way) in self.subjects.iter_mut().zip(&ways) {
+                subject.start(way, &pool, &record, doom)?;
+            }
+            if !self.are_up(&ways, again.map(|at| at.to_string()), doom.cut_at.is_some(), &mut aftermath)? {
+                break;
+            }
+        }
+        Ok(aftermath)
+    }
+
+    /// What processes left goes into the transcripts.
+    fn bury(&mut self) -> Result<(), OutageError> {
+        self.cut_all();
+        for subject in &mut self.subjects {
+            if let Some(life) = subject.life.take() {
+                subject.transcript.push(life.end()?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until all VMs run. Whether one was cut off where it was to be, so that all must begin anew.
+    fn are_up(
+        &mut self,
+        ways: &[Way],
+        again: Option<String>,
+        armed: bool,
+        aftermath: &mut [Aftermath],
+    ) -> Result<bool, OutageError> {
+        let pool = self.pool();
+        let mut cut_off = false;
+        for ((subject, way), aftermath) in self.subjects.iter_mut().zip(ways).zip(aftermath) {
+            aftermath.resume = subject.wait_until_up(&pool, &self.interrupt)?;
+            let Some(life) = &mut subject.life else { continue };
+            if matches!(way, Way::Recover(_)) {
+                aftermath.recovered = went_back_to(&life.complaints()).or(aftermath.recovered.take());
+            }
+            match (life.ended(), &again) {
+                (Some(status), Some(point)) if was_cut(status) => {
+                    aftermath.cut_off_at.push(point.clone());
+                    cut_off = true;
+                }
+                // It passed the point of the next outage already.
+                (Some(status), None) if was_cut(status) && armed => {}
+                (Some(status), _) => {
+                    let words = life.complaints();
+                    aftermath.problems.push(format!("it did not come back: {status}: {}", words.trim()));
+                }
+                (None, _) => {}
+            }
+        }
+        Ok(cut_off)
+    }
+}
+
+impl Aftermath {
+    fn new(first: Way, subject: &Subject) -> Self {
+        Self {
+            first,
+            recovered: None,
+            cut_off_at: Vec::new(),
+            attempts: 1,
+            last_link: subject.transcript.last_link(),
+            told_generation: subject.told_generation,
+            booted: subject.booted,
+            resume: None,
+            problems: Vec::new(),
+        }
+    }
+}
+
+/// The generation that `resume` says it took.
+fn went_back_to(words: &str) -> Option<String> {
+    let rest = words.split_once(" goes on from generation ")?.1;
+    rest.split([' ', ',']).next().map(str::to_owned)
+}
+
+/// A cut leaves a pool that is sound, but for what the next change sweeps away.
+fn check_pool(pool: &Path, aftermath: &mut [Aftermath]) {
+    let checked = match allocator::Pool::open(pool, vfs::cut::host()) {
+        Err(allocator::PoolError::Catalog(allocator::CatalogError::Missing { .. })) => return,
+        other => other.and_then(|pool| pool.check()),
+    };
+    let problems: Vec<String> = match checked {
+        Ok(report) => report.damage().map(ToString::to_string).collect(),
+        Err(error) => vec![format!("the pool cannot be checked: {error}")],
+    };
+    if let (Some(first), false) = (aftermath.first_mut(), problems.is_empty()) {
+        first.problems.extend(problems);
+    }
+}
+
+/// An outage in which the power came back.
+fn ran_on(
+    subject: &mut Subject,
+    pool: &Path,
+    answered: Option<&Answered>,
+    interrupt: &Interrupt,
+) -> Result<VmOutage, OutageError> {
+    let mut problems = Vec::new();
+    let before = subject.life.as_ref().map_or(0, |life| life.lines());
+    let chained = subject.chained;
+    if let Some(life) = &mut subject.life {
+        let goes_on = life.wait_until(PATIENCE, interrupt, |life| !chained || life.lines() > before + 2)?;
+        if let Some(status) = life.ended() {
+            problems.push(format!("the power came back, and it ended: {status}: {}", life.complaints().trim()));
+        } else if !goes_on || super::subject::status(pool, &subject.name).is_none() {
+            problems.push("the power came back, and it does not run on".to_owned());
+        }
+    }
+    Ok(record(subject, answered, WentOnFrom::Running, problems))
+}
+
+/// What an outage was for a VM that runs again.
+fn account(
+    subject: &mut Subject,
+    drawn: &Drawn,
+    dark: &Darkness,
+    answered: Option<&Answered>,
+    aftermath: &Aftermath,
+) -> VmOutage {
+    let mut problems = aftermath.problems.clone();
+    // What it had been told to be durable, if the power stayed away after that.
+    let frozen = answered.filter(|_| dark.flaps == 0 || drawn.cut != DrawnCut::Never).and_then(frozen);
+    if let Some(report) = frozen
+        && aftermath.first != Way::Resume(report.sequence)
+    {
+        problems.push(format!(
+            "it was said to be frozen (context {}), and what survived is {}",
+            report.sequence,
+            words(&aftermath.first)
+        ));
+    }
+    let generation = |text: &str| text.rsplit_once('@').and_then(|(_, number)| number.parse::<u64>().ok());
+    let newest = match &aftermath.first {
+        Way::Recover(newest) => Some(newest.id.number),
+        Way::Boot => Some(0),
+        Way::Resume(_) => None,
+    };
+    if let Some(newest) = newest.filter(|newest| *newest < aftermath.told_generation) {
+        let told = aftermath.told_generation;
+        problems.push(format!("generation {told} was said to be durable, and the newest is {newest}"));
+    }
+    let (went_on, lost_ns) = match (&aftermath.first, &aftermath.recovered) {
+        (Way::Boot, _) => (WentOnFrom::Boot, nanoseconds(dark.moment.saturating_duration_since(aftermath.booted))),
+        (first, Some(id)) => {
+            let age = match first {
+                Way::Recover(newest) => dark.time_ms.saturating_sub(newest.time_ms).saturating_mul(1_000_000),
+                _ => 0,
+            };
+            if let (Way::Recover(newest), Some(number)) = (first, generation(id))
+                && number < newest.id.number
+            {
+                problems.push(format!("it went back to {id}, and {} was there", newest.id));
+            }
+            (WentOnFrom::Generation { generation: id.clone(), age_ns: age }, age)
+        }
+        (Way::Resume(sequence), None) => (WentOnFrom::Context { sequence: *sequence }, 0),
+        (Way::Recover(newest), None) => {
+            problems.push(format!("it did not say that it went back to {}", newest.id));
+            (WentOnFrom::Generation { generation: newest.id.to_string(), age_ns: 0 }, 0)
+        }
+    };
+    let mut outage = record(subject, answered, went_on, problems);
+    outage.lost_ns = lost_ns;
+    outage.attempts = aftermath.attempts;
+    outage.cut_off_at =
+        drawn.armed.iter().map(ToString::to_string).chain(aftermath.cut_off_at.iter().cloned()).collect();
+    outage.resume_ns = aftermath.resume.map(nanoseconds);
+    if let (Some(holdup), true) = (drawn.holdup, outage.warned) {
+        let passed = dark.after.is_some_and(|after| after >= holdup);
+        outage.in_time = if outage.freeze.is_some() { Some(true) } else { passed.then_some(false) };
+    }
+    let now = subject.life.as_ref().map(|life| life.text()).unwrap_or_default();
+    let first = first_link(&now);
+    outage.lost_links = match outage.went_on {
+        WentOnFrom::Boot => aftermath.last_link,
+        _ => aftermath.last_link.zip(first).map(|(last, first)| (last + 2).saturating_sub(first)),
+    };
+    outage
+}
+
+fn frozen(answered: &Answered) -> Option<crate::persistence::freeze::FreezeReport> {
+    match &answered.answer {
+        Answer::Frozen(report) => Some(**report),
+        Answer::Refused(_) | Answer::Silent(_) => None,
+    }
+}
+
+fn words(way: &Way) -> String {
+    match way {
+        Way::Resume(sequence) => format!("context {sequence}"),
+        Way::Recover(newest) => format!("generation {}", newest.id),
+        Way::Boot => "nothing".to_owned(),
+    }
+}
+
+/// What is known of every VM; the guest's chain is recomputed.
+fn record(subject: &Subject, answered: Option<&Answered>, went_on: WentOnFrom, mut problems: Vec<String>) -> VmOutage {
+    let now = subject.life.as_ref().map(|life| life.text()).unwrap_or_default();
+    let mut verdict = Verdict::RunsOn;
+    match subject.transcript.judge(&now) {
+        Some(Ok(links)) if links.rewound > subject.rewinds => {
+            problems.push(format!(
+                "its guest went back {} times, and it to a generation {}",
+                links.rewound, subject.rewinds
+            ));
+        }
+        Some(Ok(links)) => verdict = Verdict::Unbroken { links: links.reached },
+        Some(Err(why)) => problems.push(why),
+        None => {}
+    }
+    if !problems.is_empty() {
+        verdict = Verdict::Violated { why: problems.join("; ") };
+    }
+    VmOutage {
+        name: subject.name.clone(),
+        medium: subject.medium.clone(),
+        warned: answered.is_some(),
+        warned_ns: answered.map_or(0, |answered| nanoseconds(answered.warned)),
+        freeze: answered.and_then(frozen),
+        in_time: None,
+        not_frozen: answered.and_then(|answered| match &answered.answer {
+            Answer::Frozen(_) => None,
+            Answer::Refused(why) | Answer::Silent(why) => Some(why.clone()),
+        }),
+        cut_off_at: Vec::new(),
+        went_on,
+        attempts: 1,
+        lost_ns: 0,
+        lost_links: None,
+        resume_ns: None,
+        verdict,
+    }
+}
