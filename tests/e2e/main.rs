@@ -27,6 +27,7 @@ mod paging;
 mod pmem;
 mod pool_bytes;
 mod random;
+mod simulated;
 mod typing;
 mod usage;
 mod vm;

@@ -1,17 +1,22 @@
 //! `perdure outage`
 
+use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use allocator::MediumKind;
+use anyhow::Context as _;
 use vfs::cut::point::Fault;
 
 use super::output::say;
 use super::{Environment, output};
+use crate::bench::Conditions;
 use crate::machine::config::ByteSize;
-use crate::outage::interrupt::Interrupt;
 use crate::outage::plan::{Cut, HoldUpLength, Moment, OutagePlan, VmPlan};
 use crate::outage::report::{OutageReport, Summary, Verdict, VmOutage, WentOnFrom};
+use crate::outage::scenario::Scenario;
 use crate::outage::simulation::Simulation;
+use crate::outage::{self, interrupt::Interrupt};
 
 /// Simulate power outages, and prove that nothing is lost.
 #[derive(Debug, clap::Args)]
@@ -33,6 +38,9 @@ enum What {
 
 #[derive(Debug, clap::Args)]
 struct RunArgs {
+    /// A copy of this VM, which must not run; without a name: a new one with an embedded guest
+    #[arg(conflicts_with_all = ["guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots"])]
+    name: Option<String>,
     /// An embedded guest [default: counter]
     #[arg(long, value_name = "GUEST")]
     guest: Option<String>,
@@ -74,6 +82,18 @@ struct RunArgs {
     /// Draws the same times, cuts and losses again [default: another one each time]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// VMs and outages from a JSON file, instead of all of the above
+    ///
+    /// As in {"vms": [{"guest": "counter", "medium": "nvdimm", "priority": 1}, {"guest": "smp", "cpus": 2}], "outages": [{"at": "300ms",
+    /// "holdup": "100ms", "cut": "never", "back": "4ms"}, {"cut": "freeze.context+2", "again": ["resume.clear+1"]}, {"flaps": 5}, {"fault":
+    /// "io-error@freeze.persist"}], "repeat": 10}. VMs: guest, cmdline, cpus, memory, medium, snapshot_every, max_snapshots, priority (the highest are
+    /// warned first). Outages: at, holdup, cut, flaps (signals before it, after each of which the power comes back), back (when it does), again
+    /// (where the VM is cut off on its way back, one for each attempt), fault.
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["name", "guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots", "at", "holdup", "cut", "fault", "repeat"])]
+    scenario: Option<PathBuf>,
+    /// Write a page about it: a time line of each outage, and distributions
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
     /// One JSON document on standard output
     #[arg(long)]
     json: bool,
@@ -93,6 +113,14 @@ impl RunArgs {
         }
     }
 
+    fn scenario(&self) -> anyhow::Result<Scenario> {
+        let Some(path) = &self.scenario else {
+            return Ok(Scenario { vms: vec![self.vm()], outages: vec![self.plan()], repeat: self.repeat });
+        };
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Scenario::parse(&text).with_context(|| format!("{} is not used", path.display()))
+    }
+
     fn plan(&self) -> OutagePlan {
         OutagePlan { at: self.at, holdup: self.holdup.0, cut: self.cut, fault: self.fault, ..OutagePlan::default() }
     }
@@ -102,7 +130,13 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
     let What::Run(args) = &args.what;
     let interrupt = Interrupt::listen()?;
     let seed = args.seed.unwrap_or_else(new_seed);
-    let simulation = Simulation::new(&environment.pool, &[args.vm()], interrupt)?;
+    let scenario = args.scenario()?;
+    let simulation = match &args.name {
+        Some(name) => Simulation::of_copy(&environment.open_pool()?, name, interrupt)?,
+        None => Simulation::new(&environment.pool, &scenario.vms, interrupt)?,
+    };
+    // Before it takes its time.
+    let page = args.report.as_ref().map(std::fs::File::create).transpose().context("cannot write the page")?;
     if !args.json {
         say!("seed {seed}");
     }
@@ -111,7 +145,12 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
             tell(outage);
         }
     };
-    let report = simulation.run(&[args.plan()], args.repeat, seed, &mut tell)?;
+    let count = scenario.repeat.saturating_mul(u32::try_from(scenario.outages.len()).unwrap_or(u32::MAX));
+    let conditions = Conditions::now();
+    let report = simulation.run(&scenario.outages, count, seed, &mut tell)?;
+    if let Some(mut file) = page {
+        file.write_all(outage::page::page(&report, &conditions).as_bytes()).context("cannot write the page")?;
+    }
     if args.json {
         output::json(&report)?;
     } else {

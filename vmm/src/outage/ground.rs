@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use vfs::cut::image::{Image, Loss};
+use vfs::{HostVfs, OpenMode, Vfs};
 
 use super::OutageError;
 
@@ -24,7 +25,13 @@ impl Ground {
     pub(super) fn create(parent: &Path) -> Result<Self, OutageError> {
         let directory = parent.join(format!("outage-{}", std::process::id()));
         std::fs::create_dir_all(directory.join("pool")).map_err(system("make the simulator's directory"))?;
-        Ok(Self { directory, image: None })
+        let ground = Self { directory, image: None };
+        match tells_what_is_durable(&ground.directory.join("probe"))
+            .map_err(system("write to the simulator's directory"))?
+        {
+            true => Ok(ground),
+            false => Err(OutageError::Untold(parent.to_owned())),
+        }
     }
 
     /// The pool in it.
@@ -63,6 +70,16 @@ impl Ground {
             None => Ok(Loss::default()),
         }
     }
+}
+
+/// Whether the kernel says of a file what of it is on its medium, and what only in the page cache.
+fn tells_what_is_durable(probe: &Path) -> io::Result<bool> {
+    let file = HostVfs.open(probe, OpenMode::CreateTruncate)?;
+    let told = |dirty: bool| (0..3).any(|_| file.cached(0, 1).is_some_and(|cached| (cached.dirty > 0) == dirty));
+    file.write_all_at(b"?", 0)?;
+    let cached = told(true);
+    file.sync_data()?;
+    Ok(cached && told(false))
 }
 
 impl Drop for Ground {

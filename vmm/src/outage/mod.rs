@@ -14,12 +14,15 @@
 //!
 //! A seed draws the same times, cuts and losses again; the machine's own timing it cannot repeat.
 
+mod copy;
 mod ground;
 pub mod interrupt;
 mod judge;
 mod life;
+pub mod page;
 pub mod plan;
 pub mod report;
+pub mod scenario;
 pub mod simulation;
 mod subject;
 mod warning;
@@ -30,6 +33,13 @@ pub enum OutageError {
     /// Ctrl-C.
     #[error("interrupted; nothing was left behind")]
     Interrupted,
+    /// Nobody knows what a cut would take.
+    #[error(
+        "what a cut would take cannot be told in {}: that needs Linux 6.5 (cachestat) and a file system on a medium, not tmpfs or an overlay; \
+         --pool DIR takes another place",
+        .0.display()
+    )]
+    Untold(std::path::PathBuf),
     /// A VM does not start.
     #[error("VM {name} did not start: {words}")]
     NotStarted {

@@ -151,6 +151,8 @@ pub struct OutagePlan {
     pub again: Vec<CutAt>,
     /// What its medium does meanwhile.
     pub fault: Option<Fault>,
+    /// The VM is made anew before it: one slot of its context is good then, and both after a freeze.
+    pub fresh: bool,
 }
 
 impl Default for OutagePlan {
@@ -163,6 +165,7 @@ impl Default for OutagePlan {
             back: None,
             again: Vec::new(),
             fault: None,
+            fresh: false,
         }
     }
 }
@@ -213,7 +216,7 @@ impl OutagePlan {
         let mut random = SplitMix64::new(seed);
         let at = self.at.draw(&mut random);
         let within = self.holdup.unwrap_or(CUT_AT_RANDOM);
-        let (mut again, mut armed, mut birth) = (self.again.clone(), None, false);
+        let (mut again, mut armed, mut birth) = (self.again.clone(), None, self.fresh);
         let usual = || self.holdup.map_or(DrawnCut::WhenDone, DrawnCut::After);
         let cut = match self.cut {
             Cut::AfterHoldup => usual(),

@@ -3,18 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use allocator::Pool;
 use guests::random::SplitMix64;
 use vfs::cut::image::Loss;
 
 use super::OutageError;
+use super::copy::copy_vm;
 use super::ground::Ground;
 use super::interrupt::Interrupt;
-use super::judge::{Transcript, first_link};
-use super::life::{Doom, was_cut};
+use super::judge::first_link;
+use super::life::{Doom, Life, was_cut};
 use super::plan::{Drawn, DrawnCut, OutagePlan, VmPlan};
 use super::report::{OutageReport, SimulationReport, Summary, Verdict, VmOutage, WentOnFrom};
 use super::subject::{PATIENCE, Subject, Way};
 use super::warning::{Answer, Answered, Warning, power_back};
+use crate::machine::config::Kernel;
 use crate::machine::time::nanoseconds;
 
 /// How long a point is waited for that a process is to cut itself off at.
@@ -34,6 +37,8 @@ pub struct Simulation {
     subjects: Vec<Subject>,
     ground: Ground,
     interrupt: Interrupt,
+    /// What was wrong with the pool from the beginning.
+    known: Vec<String>,
 }
 
 /// How the power went.
@@ -45,6 +50,8 @@ struct Darkness {
     /// When, as generations are dated: milliseconds since 1970-01-01 UTC.
     time_ms: u64,
     answers: Vec<Answered>,
+    /// A process cut itself off, where it was to.
+    by_itself: bool,
     /// The power came back so often.
     flaps: usize,
 }
@@ -66,6 +73,11 @@ struct Aftermath {
     problems: Vec<String>,
 }
 
+/// Whether what a guest prints can be recomputed.
+fn keeps_chain(guest: &str) -> bool {
+    matches!(guest, "counter" | "smp")
+}
+
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -80,20 +92,31 @@ impl Simulation {
         let ground = Ground::create(parent)?;
         let subject = |(index, plan): (usize, &VmPlan)| {
             let name = if vms.len() == 1 { plan.guest.clone() } else { format!("{}-{}", plan.guest, index + 1) };
-            Subject {
-                run: plan.arguments(&name),
-                name,
-                priority: plan.priority,
-                chained: matches!(plan.guest.as_str(), "counter" | "smp"),
-                medium: String::new(),
-                life: None,
-                transcript: Transcript::default(),
-                rewinds: 0,
-                booted: Instant::now(),
-                told_generation: 0,
-            }
+            let run = plan.arguments(&name);
+            let chained = keeps_chain(&plan.guest);
+            Subject { priority: plan.priority, chained, ..Subject::new(name, run) }
         };
-        Ok(Self { subjects: vms.iter().enumerate().map(subject).collect(), ground, interrupt })
+        let subjects = vms.iter().enumerate().map(subject).collect();
+        Ok(Self { subjects, ground, interrupt, known: Vec::new() })
+    }
+
+    /// A machine with a copy of the VM `name` of `pool`, below that pool. The VM itself must not run, and is not touched.
+    ///
+    /// # Errors
+    /// [`OutageError::NotCopied`], [`OutageError::Regions`], [`OutageError::System`].
+    pub fn of_copy(pool: &Pool, name: &str, interrupt: Interrupt) -> Result<Self, OutageError> {
+        let ground = Ground::create(pool.dir())?;
+        let config = copy_vm(pool, name, &ground.pool())?;
+        let mut subject = Subject::new(name.to_owned(), vec!["run".to_owned(), name.to_owned()]);
+        let guest = match &config.kernel {
+            Kernel::Guest(guest) => keeps_chain(guest),
+            _ => false,
+        };
+        // Of a guest that was booted before, the beginning of its chain is not known.
+        subject.chained = guest && subject.way(&ground.pool())? == Way::Boot;
+        // Regions of other VMs are not in the copy.
+        let known = problems_of(&ground.pool());
+        Ok(Self { subjects: vec![subject], ground, interrupt, known })
     }
 
     /// Goes through `plans`, and again, `count` outages in all. `tell` hears of each.
@@ -129,12 +152,13 @@ impl Simulation {
         self.ground.pool()
     }
 
-    /// Starts all VMs from their kernels.
+    /// Starts all VMs.
     fn bear(&mut self, first: &Drawn) -> Result<(), OutageError> {
         let (pool, record) = (self.pool(), self.ground.record());
+        let ways = self.subjects.iter().map(|subject| subject.way(&pool)).collect::<Result<Vec<_>, _>>()?;
         self.ground.settle()?;
-        for subject in &mut self.subjects {
-            subject.start(&Way::Boot, &pool, &record, Doom { cut_at: first.armed, fault: first.fault })?;
+        for (subject, way) in self.subjects.iter_mut().zip(&ways) {
+            subject.start(way, &pool, &record, Doom { cut_at: first.armed, fault: first.fault })?;
         }
         for subject in &mut self.subjects {
             let up = subject.wait_until_up(&pool, &self.interrupt)?;
@@ -160,7 +184,9 @@ impl Simulation {
     }
 
     fn outage(&mut self, number: u32, drawn: &Drawn, next: Option<&Drawn>) -> Result<OutageReport, OutageError> {
-        if drawn.birth {
+        // What did not come back from the outage before is reported there, and begins anew.
+        let gone = |subject: &mut Subject| subject.life.as_mut().is_none_or(|life| life.ended().is_some());
+        if drawn.birth || (drawn.armed.is_none() && self.subjects.iter_mut().any(gone)) {
             self.bear_anew(drawn)?;
         }
         self.live(drawn)?;
@@ -178,6 +204,10 @@ impl Simulation {
                 Some(aftermath) => account(subject, drawn, &dark, answered, aftermath),
                 None => ran_on(subject, &pool, answered, &self.interrupt)?,
             });
+            if let Some(freeze) = vms.last_mut().and_then(|vm| vm.freeze.as_mut()) {
+                // It may have been told another one, see GRACE.
+                freeze.holdup_left_ns = drawn.holdup.map(|holdup| nanoseconds(holdup).saturating_sub(freeze.total_ns));
+            }
         }
         Ok(OutageReport {
             number,
@@ -215,7 +245,7 @@ impl Simulation {
         for subject in &mut self.subjects {
             subject.note_generations(&pool);
             if subject.medium.is_empty() {
-                let regions = allocator::Pool::open(&pool, vfs::cut::host())?.list();
+                let regions = Pool::open(&pool, vfs::cut::host())?.list();
                 let ram = format!("{}/ram", subject.name);
                 let found = regions.iter().find(|region| region.name.to_string() == ram);
                 subject.medium = found.map(|region| region.medium.to_string()).unwrap_or_default();
@@ -235,12 +265,19 @@ impl Simulation {
     }
 
     fn cut_all(&mut self) {
-        self.subjects.iter_mut().filter_map(|subject| subject.life.as_mut()).for_each(super::life::Life::cut);
+        self.subjects.iter_mut().filter_map(|subject| subject.life.as_mut()).for_each(Life::cut);
     }
 
     /// From the signal to darkness, or to the return of the power.
     fn power_goes(&mut self, drawn: &Drawn) -> Result<Darkness, OutageError> {
-        let mut dark = Darkness { after: None, moment: Instant::now(), time_ms: 0, answers: Vec::new(), flaps: 0 };
+        let mut dark = Darkness {
+            after: None,
+            moment: Instant::now(),
+            time_ms: 0,
+            answers: Vec::new(),
+            by_itself: false,
+            flaps: 0,
+        };
         for back in &drawn.backs {
             if self.any_ended() {
                 break;
@@ -273,6 +310,8 @@ impl Simulation {
             }
         };
         let warning = self.await_darkness(drawn, begun, warning)?;
+        let lives = self.subjects.iter_mut().filter_map(|subject| subject.life.as_mut());
+        dark.by_itself = lives.filter_map(Life::ended).any(was_cut);
         self.cut_all();
         dark.after = Some(if warning.is_some() { begun.elapsed() } else { Duration::ZERO });
         (dark.moment, dark.time_ms) = (Instant::now(), now_ms());
@@ -328,7 +367,9 @@ impl Simulation {
                 }
                 ways.push(way);
             }
-            check_pool(&pool, &mut aftermath);
+            if let Some(first) = aftermath.first_mut() {
+                first.problems.extend(problems_of(&pool).into_iter().filter(|problem| !self.known.contains(problem)));
+            }
             let again = drawn.again.get(attempt).copied();
             let doom = match again {
                 Some(cut_at) => Doom { cut_at: Some(cut_at), fault: None },
@@ -414,18 +455,16 @@ fn went_back_to(words: &str) -> Option<String> {
     rest.split([' ', ',']).next().map(str::to_owned)
 }
 
-/// A cut leaves a pool that is sound, but for what the next change sweeps away.
-fn check_pool(pool: &Path, aftermath: &mut [Aftermath]) {
-    let checked = match allocator::Pool::open(pool, vfs::cut::host()) {
-        Err(allocator::PoolError::Catalog(allocator::CatalogError::Missing { .. })) => return,
+/// A cut leaves a pool that is sound, but for what the next change sweeps away: what is wrong beyond that.
+fn problems_of(pool: &Path) -> Vec<String> {
+    let checked = match Pool::open(pool, vfs::cut::host()) {
+        // It was not there yet.
+        Err(allocator::PoolError::Catalog(allocator::CatalogError::Missing { .. })) => return Vec::new(),
         other => other.and_then(|pool| pool.check()),
     };
-    let problems: Vec<String> = match checked {
+    match checked {
         Ok(report) => report.damage().map(ToString::to_string).collect(),
         Err(error) => vec![format!("the pool cannot be checked: {error}")],
-    };
-    if let (Some(first), false) = (aftermath.first_mut(), problems.is_empty()) {
-        first.problems.extend(problems);
     }
 }
 
@@ -503,8 +542,13 @@ fn account(
     let mut outage = record(subject, answered, went_on, problems);
     outage.lost_ns = lost_ns;
     outage.attempts = aftermath.attempts;
-    outage.cut_off_at =
-        drawn.armed.iter().map(ToString::to_string).chain(aftermath.cut_off_at.iter().cloned()).collect();
+    outage.cut_off_at = drawn
+        .armed
+        .iter()
+        .filter(|_| dark.by_itself)
+        .map(ToString::to_string)
+        .chain(aftermath.cut_off_at.iter().cloned())
+        .collect();
     outage.resume_ns = aftermath.resume.map(nanoseconds);
     if let (Some(holdup), true) = (drawn.holdup, outage.warned) {
         let passed = dark.after.is_some_and(|after| after >= holdup);

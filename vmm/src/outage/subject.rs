@@ -51,6 +51,22 @@ pub(super) struct Subject {
 }
 
 impl Subject {
+    /// One that has never run.
+    pub(super) fn new(name: String, run: Vec<String>) -> Self {
+        Self {
+            run,
+            name,
+            priority: 0,
+            chained: false,
+            medium: String::new(),
+            life: None,
+            transcript: Transcript::default(),
+            rewinds: 0,
+            booted: Instant::now(),
+            told_generation: 0,
+        }
+    }
+
     /// What survived, by what the pool holds.
     pub(super) fn way(&self, pool: &Path) -> Result<Way, OutageError> {
         let pool = match Pool::open(pool, vfs::cut::host()) {
