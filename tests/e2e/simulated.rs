@@ -96,10 +96,10 @@ fn a_medium_that_lies_about_its_flushes_is_found_out() {
     }
     for (medium, point) in [("file", "freeze.persist"), ("nvdimm", "freeze.persist"), ("file", "freeze.context")] {
         let fault = format!("lies@{point}");
-        // Seed 0: of what was not flushed nothing survives.
-        let arguments = ["--medium", medium, "--at", "300ms", "--holdup", "none", "--fault", &fault, "--seed", "0"];
+        // Several, since the kernel may have written memory by itself meanwhile: a commit of the file system's journal does.
+        let arguments = ["--medium", medium, "--at", "100ms", "--holdup", "none", "--fault", &fault, "--repeat", "4"];
         let report = simulate(&Perdure::new(), &arguments).expect_code(1).json();
-        assert_eq!(report["summary"]["violations"], 1, "{medium}, {point}: {report:#}");
+        assert!(report["summary"]["violations"].as_u64() >= Some(1), "{medium}, {point}: {report:#}");
     }
 }
 
@@ -214,7 +214,7 @@ const POINTS: [&str; 24] = [
 /// Cuts at all of `points`, with one slot of the context good (`fresh`) or two. Which of them were cut at.
 fn cut_at(medium: &str, points: &[String], fresh: bool) -> Vec<String> {
     let outage =
-        |point: &String| json!({"at": "120ms", "holdup": "300ms", "back": "20ms", "cut": point, "fresh": fresh});
+        |point: &String| json!({"at": "60ms", "holdup": "300ms", "back": "20ms", "cut": point, "fresh": fresh});
     let report = scenario(
         &Perdure::new(),
         &json!({

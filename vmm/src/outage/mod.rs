@@ -14,6 +14,7 @@
 //!
 //! A seed draws the same times, cuts and losses again; the machine's own timing it cannot repeat.
 
+mod account;
 mod copy;
 mod ground;
 pub mod interrupt;

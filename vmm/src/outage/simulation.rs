@@ -8,15 +8,15 @@ use guests::random::SplitMix64;
 use vfs::cut::image::Loss;
 
 use super::OutageError;
+use super::account::{Aftermath, Darkness, account, problems_of, ran_on, went_back_to};
 use super::copy::copy_vm;
 use super::ground::Ground;
 use super::interrupt::Interrupt;
-use super::judge::first_link;
 use super::life::{Doom, Life, was_cut};
 use super::plan::{Drawn, DrawnCut, OutagePlan, VmPlan};
-use super::report::{OutageReport, SimulationReport, Summary, Verdict, VmOutage, WentOnFrom};
+use super::report::{OutageReport, SimulationReport, Summary};
 use super::subject::{PATIENCE, Subject, Way};
-use super::warning::{Answer, Answered, Warning, power_back};
+use super::warning::{Warning, power_back};
 use crate::machine::config::Kernel;
 use crate::machine::time::nanoseconds;
 
@@ -39,38 +39,6 @@ pub struct Simulation {
     interrupt: Interrupt,
     /// What was wrong with the pool from the beginning.
     known: Vec<String>,
-}
-
-/// How the power went.
-#[derive(Debug)]
-struct Darkness {
-    /// From the signal; `None` if it did not come.
-    after: Option<Duration>,
-    moment: Instant,
-    /// When, as generations are dated: milliseconds since 1970-01-01 UTC.
-    time_ms: u64,
-    answers: Vec<Answered>,
-    /// A process cut itself off, where it was to.
-    by_itself: bool,
-    /// The power came back so often.
-    flaps: usize,
-}
-
-/// What became of a VM, as far as it is known before it runs again.
-#[derive(Debug)]
-struct Aftermath {
-    /// What it could go on from at first.
-    first: Way,
-    /// The last generation that it went back to.
-    recovered: Option<String>,
-    cut_off_at: Vec<String>,
-    attempts: u32,
-    /// Before the outage: the last link of its chain, the newest generation that was said to be durable, when it was booted.
-    last_link: Option<u64>,
-    told_generation: u64,
-    booted: Instant,
-    resume: Option<Duration>,
-    problems: Vec<String>,
 }
 
 /// Whether what a guest prints can be recomputed.
@@ -301,6 +269,8 @@ impl Simulation {
         if drawn.cut == DrawnCut::Never {
             return Ok(dark);
         }
+        // The power came back since.
+        dark.answers.clear();
         let (begun, warning) = match drawn.cut {
             DrawnCut::Unannounced | DrawnCut::ByItself { signalled: false } => (Instant::now(), None),
             _ if self.any_ended() => (Instant::now(), None),
@@ -333,10 +303,11 @@ impl Simulation {
             return Ok(Some(warning));
         }
         let limit = Instant::now() + PATIENCE;
-        while !warning.is_answered() && Instant::now() < limit {
-            let by_itself = matches!(drawn.cut, DrawnCut::ByItself { .. });
-            // One that is cut off takes all others with it.
-            if by_itself && self.any_ended() {
+        let by_itself = matches!(drawn.cut, DrawnCut::ByItself { .. });
+        loop {
+            // One that is cut off takes all others with it. Its connection breaks before its end is known.
+            let answered = warning.is_answered() && !(by_itself && warning.is_broken());
+            if answered || Instant::now() > limit || (by_itself && self.any_ended()) {
                 break;
             }
             self.interrupt.wait_until(Instant::now() + Duration::from_micros(500))?;
@@ -412,8 +383,11 @@ impl Simulation {
         for ((subject, way), aftermath) in self.subjects.iter_mut().zip(ways).zip(aftermath) {
             aftermath.resume = subject.wait_until_up(&pool, &self.interrupt)?;
             let Some(life) = &mut subject.life else { continue };
-            if matches!(way, Way::Recover(_)) {
-                aftermath.recovered = went_back_to(&life.complaints()).or(aftermath.recovered.take());
+            if let Way::Recover(newest) = way {
+                // One that was cut off may have said nothing.
+                let id = went_back_to(&life.complaints());
+                let id = id.or_else(|| again.as_ref().map(|_| newest.id.to_string()));
+                aftermath.recovered = id.map(|id| (id, newest.time_ms)).or(aftermath.recovered.take());
             }
             match (life.ended(), &again) {
                 (Some(status), Some(point)) if was_cut(status) => {
@@ -430,189 +404,5 @@ impl Simulation {
             }
         }
         Ok(cut_off)
-    }
-}
-
-impl Aftermath {
-    fn new(first: Way, subject: &Subject) -> Self {
-        Self {
-            first,
-            recovered: None,
-            cut_off_at: Vec::new(),
-            attempts: 1,
-            last_link: subject.transcript.last_link(),
-            told_generation: subject.told_generation,
-            booted: subject.booted,
-            resume: None,
-            problems: Vec::new(),
-        }
-    }
-}
-
-/// The generation that `resume` says it took.
-fn went_back_to(words: &str) -> Option<String> {
-    let rest = words.split_once(" goes on from generation ")?.1;
-    rest.split([' ', ',']).next().map(str::to_owned)
-}
-
-/// A cut leaves a pool that is sound, but for what the next change sweeps away: what is wrong beyond that.
-fn problems_of(pool: &Path) -> Vec<String> {
-    let checked = match Pool::open(pool, vfs::cut::host()) {
-        // It was not there yet.
-        Err(allocator::PoolError::Catalog(allocator::CatalogError::Missing { .. })) => return Vec::new(),
-        other => other.and_then(|pool| pool.check()),
-    };
-    match checked {
-        Ok(report) => report.damage().map(ToString::to_string).collect(),
-        Err(error) => vec![format!("the pool cannot be checked: {error}")],
-    }
-}
-
-/// An outage in which the power came back.
-fn ran_on(
-    subject: &mut Subject,
-    pool: &Path,
-    answered: Option<&Answered>,
-    interrupt: &Interrupt,
-) -> Result<VmOutage, OutageError> {
-    let mut problems = Vec::new();
-    let before = subject.life.as_ref().map_or(0, |life| life.lines());
-    let chained = subject.chained;
-    if let Some(life) = &mut subject.life {
-        let goes_on = life.wait_until(PATIENCE, interrupt, |life| !chained || life.lines() > before + 2)?;
-        if let Some(status) = life.ended() {
-            problems.push(format!("the power came back, and it ended: {status}: {}", life.complaints().trim()));
-        } else if !goes_on || super::subject::status(pool, &subject.name).is_none() {
-            problems.push("the power came back, and it does not run on".to_owned());
-        }
-    }
-    Ok(record(subject, answered, WentOnFrom::Running, problems))
-}
-
-/// What an outage was for a VM that runs again.
-fn account(
-    subject: &mut Subject,
-    drawn: &Drawn,
-    dark: &Darkness,
-    answered: Option<&Answered>,
-    aftermath: &Aftermath,
-) -> VmOutage {
-    let mut problems = aftermath.problems.clone();
-    // What it had been told to be durable, if the power stayed away after that.
-    let frozen = answered.filter(|_| dark.flaps == 0 || drawn.cut != DrawnCut::Never).and_then(frozen);
-    if let Some(report) = frozen
-        && aftermath.first != Way::Resume(report.sequence)
-    {
-        problems.push(format!(
-            "it was said to be frozen (context {}), and what survived is {}",
-            report.sequence,
-            words(&aftermath.first)
-        ));
-    }
-    let generation = |text: &str| text.rsplit_once('@').and_then(|(_, number)| number.parse::<u64>().ok());
-    let newest = match &aftermath.first {
-        Way::Recover(newest) => Some(newest.id.number),
-        Way::Boot => Some(0),
-        Way::Resume(_) => None,
-    };
-    if let Some(newest) = newest.filter(|newest| *newest < aftermath.told_generation) {
-        let told = aftermath.told_generation;
-        problems.push(format!("generation {told} was said to be durable, and the newest is {newest}"));
-    }
-    let (went_on, lost_ns) = match (&aftermath.first, &aftermath.recovered) {
-        (Way::Boot, _) => (WentOnFrom::Boot, nanoseconds(dark.moment.saturating_duration_since(aftermath.booted))),
-        (first, Some(id)) => {
-            let age = match first {
-                Way::Recover(newest) => dark.time_ms.saturating_sub(newest.time_ms).saturating_mul(1_000_000),
-                _ => 0,
-            };
-            if let (Way::Recover(newest), Some(number)) = (first, generation(id))
-                && number < newest.id.number
-            {
-                problems.push(format!("it went back to {id}, and {} was there", newest.id));
-            }
-            (WentOnFrom::Generation { generation: id.clone(), age_ns: age }, age)
-        }
-        (Way::Resume(sequence), None) => (WentOnFrom::Context { sequence: *sequence }, 0),
-        (Way::Recover(newest), None) => {
-            problems.push(format!("it did not say that it went back to {}", newest.id));
-            (WentOnFrom::Generation { generation: newest.id.to_string(), age_ns: 0 }, 0)
-        }
-    };
-    let mut outage = record(subject, answered, went_on, problems);
-    outage.lost_ns = lost_ns;
-    outage.attempts = aftermath.attempts;
-    outage.cut_off_at = drawn
-        .armed
-        .iter()
-        .filter(|_| dark.by_itself)
-        .map(ToString::to_string)
-        .chain(aftermath.cut_off_at.iter().cloned())
-        .collect();
-    outage.resume_ns = aftermath.resume.map(nanoseconds);
-    if let (Some(holdup), true) = (drawn.holdup, outage.warned) {
-        let passed = dark.after.is_some_and(|after| after >= holdup);
-        outage.in_time = if outage.freeze.is_some() { Some(true) } else { passed.then_some(false) };
-    }
-    let now = subject.life.as_ref().map(|life| life.text()).unwrap_or_default();
-    let first = first_link(&now);
-    outage.lost_links = match outage.went_on {
-        WentOnFrom::Boot => aftermath.last_link,
-        _ => aftermath.last_link.zip(first).map(|(last, first)| (last + 2).saturating_sub(first)),
-    };
-    outage
-}
-
-fn frozen(answered: &Answered) -> Option<crate::persistence::freeze::FreezeReport> {
-    match &answered.answer {
-        Answer::Frozen(report) => Some(**report),
-        Answer::Refused(_) | Answer::Silent(_) => None,
-    }
-}
-
-fn words(way: &Way) -> String {
-    match way {
-        Way::Resume(sequence) => format!("context {sequence}"),
-        Way::Recover(newest) => format!("generation {}", newest.id),
-        Way::Boot => "nothing".to_owned(),
-    }
-}
-
-/// What is known of every VM; the guest's chain is recomputed.
-fn record(subject: &Subject, answered: Option<&Answered>, went_on: WentOnFrom, mut problems: Vec<String>) -> VmOutage {
-    let now = subject.life.as_ref().map(|life| life.text()).unwrap_or_default();
-    let mut verdict = Verdict::RunsOn;
-    match subject.transcript.judge(&now) {
-        Some(Ok(links)) if links.rewound > subject.rewinds => {
-            problems.push(format!(
-                "its guest went back {} times, and it to a generation {}",
-                links.rewound, subject.rewinds
-            ));
-        }
-        Some(Ok(links)) => verdict = Verdict::Unbroken { links: links.reached },
-        Some(Err(why)) => problems.push(why),
-        None => {}
-    }
-    if !problems.is_empty() {
-        verdict = Verdict::Violated { why: problems.join("; ") };
-    }
-    VmOutage {
-        name: subject.name.clone(),
-        medium: subject.medium.clone(),
-        warned: answered.is_some(),
-        warned_ns: answered.map_or(0, |answered| nanoseconds(answered.warned)),
-        freeze: answered.and_then(frozen),
-        in_time: None,
-        not_frozen: answered.and_then(|answered| match &answered.answer {
-            Answer::Frozen(_) => None,
-            Answer::Refused(why) | Answer::Silent(why) => Some(why.clone()),
-        }),
-        cut_off_at: Vec::new(),
-        went_on,
-        attempts: 1,
-        lost_ns: 0,
-        lost_links: None,
-        resume_ns: None,
-        verdict,
     }
 }

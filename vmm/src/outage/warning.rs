@@ -81,6 +81,11 @@ impl Warning {
         self.got.len() >= self.expected
     }
 
+    /// Whether one of those asked is silent.
+    pub(super) fn is_broken(&self) -> bool {
+        self.got.iter().any(|answered| matches!(answered.answer, Answer::Silent(_)))
+    }
+
     /// All answers; who is asked must have ended, or be about to answer.
     pub(super) fn finish(mut self) -> Vec<Answered> {
         let _ = self.thread.join();
