@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use allocator::Pool;
 use guests::random::SplitMix64;
 use vfs::cut::image::Loss;
+use vfs::cut::point::CutAt;
 
 use super::OutageError;
 use super::account::{Aftermath, Darkness, account, problems_of, ran_on, went_back_to};
@@ -352,7 +353,7 @@ impl Simulation {
             for (subject, way) in self.subjects.iter_mut().zip(&ways) {
                 subject.start(way, &pool, &record, doom)?;
             }
-            if !self.are_up(&ways, again.map(|at| at.to_string()), doom.cut_at.is_some(), &mut aftermath)? {
+            if !self.are_up(&ways, again, doom.cut_at.is_some(), &mut aftermath)? {
                 break;
             }
         }
@@ -374,7 +375,7 @@ impl Simulation {
     fn are_up(
         &mut self,
         ways: &[Way],
-        again: Option<String>,
+        again: Option<CutAt>,
         armed: bool,
         aftermath: &mut [Aftermath],
     ) -> Result<bool, OutageError> {
@@ -386,12 +387,12 @@ impl Simulation {
             if let Way::Recover(newest) = way {
                 // One that was cut off may have said nothing.
                 let id = went_back_to(&life.complaints());
-                let id = id.or_else(|| again.as_ref().map(|_| newest.id.to_string()));
+                let id = id.or_else(|| again.map(|_| newest.id.to_string()));
                 aftermath.recovered = id.map(|id| (id, newest.time_ms)).or(aftermath.recovered.take());
             }
-            match (life.ended(), &again) {
+            match (life.ended(), again) {
                 (Some(status), Some(point)) if was_cut(status) => {
-                    aftermath.cut_off_at.push(point.clone());
+                    aftermath.cut_off_at.push(point.to_string());
                     cut_off = true;
                 }
                 // It passed the point of the next outage already.
