@@ -35,6 +35,8 @@ fn recorder() -> Option<&'static Arc<Recorder>> {
     static RECORDER: OnceLock<Option<Arc<Recorder>>> = OnceLock::new();
     let open = || {
         let path = std::env::var_os(RECORD)?;
+        // A simulator that is killed leaves no VMs behind.
+        let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
         // A simulation whose record is missing would find nothing lost: better none at all.
         Some(Arc::new(Recorder::open(Path::new(&path)).unwrap_or_else(|_| std::process::abort())))
     };

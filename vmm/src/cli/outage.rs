@@ -88,7 +88,8 @@ struct RunArgs {
     /// "holdup": "100ms", "cut": "never", "back": "4ms"}, {"cut": "freeze.context+2", "again": ["resume.clear+1"]}, {"flaps": 5}, {"fault":
     /// "io-error@freeze.persist"}], "repeat": 10}. VMs: guest, cmdline, cpus, memory, medium, snapshot_every, max_snapshots, priority (the highest are
     /// warned first). Outages: at, holdup, cut, flaps (signals before it, after each of which the power comes back), back (when it does), again
-    /// (where the VM is cut off on its way back, one for each attempt), fault.
+    /// (where the VM is cut off on its way back, one for each attempt), fault,
+    /// fresh (all VMs are made anew before it).
     #[arg(long, value_name = "FILE.json", conflicts_with_all = ["name", "guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots", "at", "holdup", "cut", "fault", "repeat"])]
     scenario: Option<PathBuf>,
     /// Write a page about it: a time line of each outage, and distributions

@@ -198,8 +198,14 @@ fn words(way: &Way) -> String {
 }
 
 /// What is known of every VM; the guest's chain is recomputed.
-fn record(subject: &Subject, answered: Option<&Answered>, went_on: WentOnFrom, mut problems: Vec<String>) -> VmOutage {
+fn record(
+    subject: &mut Subject,
+    answered: Option<&Answered>,
+    went_on: WentOnFrom,
+    mut problems: Vec<String>,
+) -> VmOutage {
     let now = subject.life.as_ref().map(|life| life.text()).unwrap_or_default();
+    problems.extend(subject.ended_by_itself.take());
     let mut verdict = Verdict::RunsOn;
     match subject.transcript.judge(&now) {
         Some(Ok(links)) if links.rewound > subject.rewinds => {

@@ -15,7 +15,7 @@ use super::ground::Ground;
 use super::interrupt::Interrupt;
 use super::life::{Doom, Life, was_cut};
 use super::plan::{Drawn, DrawnCut, OutagePlan, VmPlan};
-use super::report::{OutageReport, SimulationReport, Summary};
+use super::report::{OutageReport, SimulationReport, Summary, Verdict};
 use super::subject::{PATIENCE, Subject, Way};
 use super::warning::{Warning, power_back};
 use crate::machine::config::Kernel;
@@ -40,6 +40,8 @@ pub struct Simulation {
     interrupt: Interrupt,
     /// What was wrong with the pool from the beginning.
     known: Vec<String>,
+    /// The outage before was not as it must be: what is left of it is no ground for another.
+    broken: bool,
 }
 
 /// Whether what a guest prints can be recomputed.
@@ -66,7 +68,7 @@ impl Simulation {
             Subject { priority: plan.priority, chained, ..Subject::new(name, run) }
         };
         let subjects = vms.iter().enumerate().map(subject).collect();
-        Ok(Self { subjects, ground, interrupt, known: Vec::new() })
+        Ok(Self { subjects, ground, interrupt, known: Vec::new(), broken: false })
     }
 
     /// A machine with a copy of the VM `name` of `pool`, below that pool. The VM itself must not run, and is not touched.
@@ -85,7 +87,7 @@ impl Simulation {
         subject.chained = guest && subject.way(&ground.pool())? == Way::Boot;
         // Regions of other VMs are not in the copy.
         let known = problems_of(&ground.pool());
-        Ok(Self { subjects: vec![subject], ground, interrupt, known })
+        Ok(Self { subjects: vec![subject], ground, interrupt, known, broken: false })
     }
 
     /// Goes through `plans`, and again, `count` outages in all. `tell` hears of each.
@@ -153,9 +155,7 @@ impl Simulation {
     }
 
     fn outage(&mut self, number: u32, drawn: &Drawn, next: Option<&Drawn>) -> Result<OutageReport, OutageError> {
-        // What did not come back from the outage before is reported there, and begins anew.
-        let gone = |subject: &mut Subject| subject.life.as_mut().is_none_or(|life| life.ended().is_some());
-        if drawn.birth || (drawn.armed.is_none() && self.subjects.iter_mut().any(gone)) {
+        if drawn.birth || self.broken {
             self.bear_anew(drawn)?;
         }
         self.live(drawn)?;
@@ -178,6 +178,7 @@ impl Simulation {
                 freeze.holdup_left_ns = drawn.holdup.map(|holdup| nanoseconds(holdup).saturating_sub(freeze.total_ns));
             }
         }
+        self.broken = vms.iter().any(|vm| matches!(vm.verdict, Verdict::Violated { .. }));
         Ok(OutageReport {
             number,
             seed: drawn.seed,
@@ -207,8 +208,8 @@ impl Simulation {
                     return Ok(());
                 }
                 let words = subject.life.as_ref().map(|life| life.complaints()).unwrap_or_default();
-                let words = format!("it ended by itself, with {status}: {}", words.trim());
-                return Err(OutageError::NotStarted { name: subject.name.clone(), words });
+                subject.ended_by_itself = Some(format!("it ended by itself, with {status}: {}", words.trim()));
+                return Ok(());
             }
         }
         for subject in &mut self.subjects {

@@ -48,6 +48,8 @@ pub(super) struct Subject {
     pub(super) booted: Instant,
     /// The newest generation that it was said to have.
     pub(super) told_generation: u64,
+    /// How it ended while the power was on, which it was not to.
+    pub(super) ended_by_itself: Option<String>,
 }
 
 impl Subject {
@@ -64,6 +66,7 @@ impl Subject {
             rewinds: 0,
             booted: Instant::now(),
             told_generation: 0,
+            ended_by_itself: None,
         }
     }
 

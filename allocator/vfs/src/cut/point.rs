@@ -2,7 +2,7 @@
 //!
 //! `PERDURE_CUT_AT=freeze.context` lets a process kill itself as it passes that point; `freeze.context+2` just before its second operation
 //! on the file system after it, if there are so many before the next point. So each step can be cut at, and each write within it. A process
-//! that does not pass there is not cut. Without the variable a point costs one load.
+//! that does not pass there is not cut. Without the variables a point costs three loads.
 
 use std::fmt;
 use std::str::FromStr;
