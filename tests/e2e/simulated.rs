@@ -1,10 +1,15 @@
 //! The outage simulator: what it tells, what it leaves alone, and that it bites.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use tests::perdure::{Ended, Perdure, Signal};
 
 use crate::pool_bytes::PoolBytes;
 use crate::vm::{COUNTER, MEDIA, SOON, Vm};
+
+/// How long a few dozen outages may take, which take seconds. Far more than that, for machines under load.
+const SOME: Duration = Duration::from_secs(120);
 
 /// Whether this kernel tells what of a file is on its medium (cachestat, Linux 6.5). The lab's does not; there the power is cut for real.
 fn kernel_tells() -> bool {
@@ -31,11 +36,12 @@ fn without_violation(ended: Ended) -> Value {
 }
 
 #[track_caller]
-fn scenario(perdure: &Perdure, scenario: &Value) -> Value {
+fn scenario(perdure: &Perdure, scenario: &Value, limit: Duration) -> Value {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("scenario.json");
     std::fs::write(&path, scenario.to_string()).unwrap();
-    without_violation(simulate(perdure, &["--scenario", path.to_str().unwrap()]))
+    let running = perdure.spawn(&["outage", "run", "--json", "--scenario", path.to_str().unwrap()]);
+    without_violation(running.wait(limit))
 }
 
 #[test]
@@ -122,6 +128,7 @@ fn power_that_flaps_and_media_that_fail_lose_nothing_that_was_said_to_be_durable
                 {"at": "50ms", "cut": "unannounced"},
             ],
         }),
+        SOME,
     );
     let outages = report["outages"].as_array().unwrap();
     let from =
@@ -212,7 +219,7 @@ const POINTS: [&str; 24] = [
 ];
 
 /// Cuts at all of `points`, with one slot of the context good (`fresh`) or two. Which of them were cut at.
-fn cut_at(medium: &str, points: &[String], fresh: bool) -> Vec<String> {
+fn cut_at(medium: &str, points: &[String], fresh: bool, limit: Duration) -> Vec<String> {
     let outage =
         |point: &String| json!({"at": "60ms", "holdup": "300ms", "back": "20ms", "cut": point, "fresh": fresh});
     let report = scenario(
@@ -221,6 +228,7 @@ fn cut_at(medium: &str, points: &[String], fresh: bool) -> Vec<String> {
             "vms": [{"medium": medium, "memory": "8M", "snapshot_every": "20ms", "max_snapshots": 2, "cmdline": "hz=500 ram=256K"}],
             "outages": points.iter().map(outage).collect::<Vec<_>>(),
         }),
+        limit,
     );
     let vms = report["outages"].as_array().unwrap().iter().map(|outage| &outage["vms"][0]);
     let cut =
@@ -233,9 +241,12 @@ fn a_cut_at_each_step_leaves_the_state_before_or_after() {
     if !kernel_tells() {
         return;
     }
-    let points: Vec<String> = POINTS.iter().map(|point| (*point).to_owned()).collect();
-    for (medium, fresh) in [("file", false), ("nvdimm", true)] {
-        let cut = cut_at(medium, &points, fresh);
+    let points = |only: &dyn Fn(&str) -> bool| -> Vec<String> {
+        POINTS.iter().filter(|point| only(point)).map(|point| (*point).to_owned()).collect()
+    };
+    let of_context = |point: &str| ["freeze", "thaw", "resume"].iter().any(|what| point.starts_with(what));
+    for (medium, fresh, points) in [("file", false, points(&|_| true)), ("nvdimm", true, points(&of_context))] {
+        let cut = cut_at(medium, &points, fresh, SOME);
         let missed: Vec<_> = points.iter().filter(|point| !cut.contains(point)).collect();
         assert!(missed.is_empty(), "{medium}: nothing was cut at {missed:?}");
     }
@@ -251,7 +262,7 @@ fn a_cut_before_each_write_leaves_the_state_before_or_after() {
             let mut cuts = 0;
             for operation in 1..=64 {
                 let points: Vec<String> = left.iter().map(|point| format!("{point}+{operation}")).collect();
-                let cut = cut_at(medium, &points, fresh);
+                let cut = cut_at(medium, &points, fresh, 10 * SOME);
                 left.retain(|point| cut.contains(&format!("{point}+{operation}")));
                 cuts += cut.len();
                 println!("{medium}, fresh {fresh}: before operation {operation}: {left:?}");

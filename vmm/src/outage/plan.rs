@@ -188,6 +188,8 @@ pub(super) struct Drawn {
     pub(super) fault: Option<Fault>,
     /// The VM is made anew before it.
     pub(super) birth: bool,
+    /// It is not to come before there is a generation to go back to.
+    pub(super) needs_generation: bool,
     /// What the cut takes.
     pub(super) loss_seed: u64,
 }
@@ -247,8 +249,22 @@ impl OutagePlan {
         let count = self.flaps + u32::from(cut == DrawnCut::Never || thaws);
         let backs = (0..count).map(|_| self.back.unwrap_or_else(|| between(&mut random, Duration::ZERO, within)));
         let backs: Vec<_> = backs.collect();
+        let needs_generation = again.iter().any(|at| where_passed(at.point) == Where::Recovery);
         let (planned, fault, loss_seed) = (self.cut.to_string(), self.fault, random.draw());
-        Drawn { seed, at, holdup: self.holdup, cut, planned, backs, armed, again, fault, birth, loss_seed }
+        Drawn {
+            seed,
+            at,
+            holdup: self.holdup,
+            cut,
+            planned,
+            backs,
+            armed,
+            again,
+            fault,
+            birth,
+            needs_generation,
+            loss_seed,
+        }
     }
 }
 

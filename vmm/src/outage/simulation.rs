@@ -199,9 +199,15 @@ impl Simulation {
         let until = Instant::now() + drawn.at;
         let pool = self.pool();
         let by_itself = drawn.cut == (DrawnCut::ByItself { signalled: false });
-        let limit = until + if by_itself { POINT_PATIENCE } else { Duration::ZERO };
+        let limit = until + if by_itself || drawn.needs_generation { POINT_PATIENCE } else { Duration::ZERO };
         while Instant::now() < limit {
             self.interrupt.wait_until((Instant::now() + Duration::from_millis(5)).min(limit))?;
+            if drawn.needs_generation && Instant::now() > until {
+                self.subjects.iter_mut().for_each(|subject| subject.note_generations(&pool));
+                if self.subjects.iter().all(|subject| subject.told_generation > 0) {
+                    break;
+                }
+            }
             for subject in &mut self.subjects {
                 let Some(status) = subject.life.as_mut().and_then(|life| life.ended()) else { continue };
                 if was_cut(status) && drawn.armed.is_some() {
