@@ -20,8 +20,8 @@ pub(super) fn copy_vm(pool: &Pool, name: &str, to: &Path) -> Result<VmConfig, Ou
     let regions = VmRegions::open(pool, name)?;
     let config = regions.config().clone();
     let refused = |why: &str| OutageError::NotCopied { name: name.to_owned(), why: why.to_owned() };
-    if !config.disks.is_empty() {
-        return Err(refused("it has disks, and what a cut takes from these is not simulated"));
+    if !config.disks.is_empty() || !config.pmem.is_empty() {
+        return Err(refused("it has disks or persistent memory, and what a cut takes from these is not simulated"));
     }
     if !config.net.is_empty() || config.vsock.is_some() {
         return Err(refused("it is joined to the host by a network card or sockets, which the copy would use, too"));

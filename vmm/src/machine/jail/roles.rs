@@ -78,6 +78,8 @@ const RUNTIME: Calls = &[
     (SYS_getpid, Always),
     (SYS_getrandom, Always),
     (SYS_gettid, Always),
+    // It may end itself: darkness, and cuts that are simulated.
+    (SYS_kill, Own(0)),
     (SYS_madvise, Always),
     (SYS_mmap, Bits(2, PROT_EXEC as u64, 0)),
     (SYS_mprotect, Bits(2, PROT_EXEC as u64, 0)),
@@ -236,7 +238,6 @@ const SUPERVISOR: Calls = &[
     (SYS_ioctl, Is(1, libc::TCSETS)),
     (SYS_ioctl, Is(1, libc::TCSETSF)),
     (SYS_ioctl, Is(1, libc::TCSETSW)),
-    (SYS_kill, Own(0)),
     (SYS_listen, Always),
     (SYS_memfd_create, Always),
     (SYS_setsid, Always),
@@ -273,7 +274,7 @@ impl Role {
             Self::Budget => &[RUNTIME, OPEN_FILES, FILES],
             Self::Generations => &[RUNTIME, STREAMS, OPEN_FILES, BATCHES, FILES, FAULTS, WRITTEN_PAGES, THREADS],
             Self::Control => &[RUNTIME, STREAMS, SOCKETS, THREADS],
-            Self::HoldUp => &[RUNTIME, &[(SYS_kill, Own(0))]],
+            Self::HoldUp => &[RUNTIME],
             Self::Supervisor => &[
                 RUNTIME,
                 STREAMS,
