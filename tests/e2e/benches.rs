@@ -83,33 +83,54 @@ fn a_bench_that_is_killed_gives_its_swap_and_its_disk_back() {
 fn residence_after_a_resume_in_place_is_that_of_before() {
     let perdure = Perdure::new();
     let arguments = ["bench", "residence", "--pattern", "zipf", "--vms", "2", "--ram", "16M", "--before", "1s"];
-    let document =
-        perdure.run_within(LONG, &[&arguments[..], &["--after", "2s", "--json"]].concat()).expect_code(0).json();
-    let vms = document["results"][0]["vms"].as_array().expect("VMs").clone();
-    assert_eq!(vms.len(), 2);
-    for vm in vms {
-        let before = vm["before"]["residence"].as_f64().expect("a residence");
-        assert!((5.0..50.0).contains(&before), "a quarter fits: {before}");
-        let way = |name: &str| {
-            let returns = vm["returns"].as_array().expect("ways").clone();
-            returns.into_iter().find(|back| back["way"] == name).unwrap_or_else(|| panic!("no {name}"))
-        };
-        let at = |name: &str| way(name)["at_outage"]["residence"].as_f64().expect("a residence");
-        assert!((at("in-place") - before).abs() < 5.0, "{} after {before}", at("in-place"));
-        assert!(at("from-swap") < before * 0.9, "all of it was in swap: {}", at("from-swap"));
-        for lazily in ["lazily", "lazily-on-demand"] {
-            assert!(at(lazily) < before * 0.9, "all of it was in the generation: {}", at(lazily));
-            let series = way(lazily)["series"].as_array().expect("moments").clone();
-            let faults = series.iter().filter_map(|moment| moment["faults_per_second"].as_f64());
-            assert!(faults.sum::<f64>() > 0.0, "the guest waited for none of it: {}", way(lazily));
+    // On a busy machine the first look at a VM may come when it has all of its memory again: then it is looked at once more.
+    for attempt in 1.. {
+        let document =
+            perdure.run_within(LONG, &[&arguments[..], &["--after", "2s", "--json"]].concat()).expect_code(0).json();
+        let vms = document["results"][0]["vms"].as_array().expect("VMs").clone();
+        assert_eq!(vms.len(), 2);
+        vms.iter().for_each(returned_in_every_way);
+        let late: Vec<_> = vms.iter().flat_map(came_back_with_all).collect();
+        assert!(late.is_empty() || attempt < 4, "they have no less in RAM than before: {late:?}");
+        if late.is_empty() {
+            break;
         }
-        for back in vm["returns"].as_array().expect("ways") {
-            assert!(back["absent"].is_null() && back["after"].is_object(), "{back}");
-        }
-        let series = way("in-place")["series"].as_array().expect("moments").len();
-        assert!(series >= 10, "{series} moments");
     }
     nothing_is_left(perdure.pool());
+}
+
+fn way(vm: &Value, name: &str) -> Value {
+    let returns = vm["returns"].as_array().expect("ways").clone();
+    returns.into_iter().find(|back| back["way"] == name).unwrap_or_else(|| panic!("no {name}"))
+}
+
+fn residence_at_outage(vm: &Value, name: &str) -> f64 {
+    way(vm, name)["at_outage"]["residence"].as_f64().expect("a residence")
+}
+
+fn returned_in_every_way(vm: &Value) {
+    let before = vm["before"]["residence"].as_f64().expect("a residence");
+    assert!((5.0..50.0).contains(&before), "a quarter fits: {before}");
+    let in_place = residence_at_outage(vm, "in-place");
+    assert!((in_place - before).abs() < 5.0, "{in_place} after {before}");
+    for lazily in ["lazily", "lazily-on-demand"] {
+        let series = way(vm, lazily)["series"].as_array().expect("moments").clone();
+        let faults = series.iter().filter_map(|moment| moment["faults_per_second"].as_f64());
+        assert!(faults.sum::<f64>() > 0.0, "the guest waited for none of it: {}", way(vm, lazily));
+    }
+    for back in vm["returns"].as_array().expect("ways") {
+        assert!(back["absent"].is_null() && back["after"].is_object(), "{back}");
+    }
+    let series = way(vm, "in-place")["series"].as_array().expect("moments").len();
+    assert!(series >= 10, "{series} moments");
+}
+
+/// Ways in which all was in swap, or in the generation, at the outage, and no less in RAM at the first look.
+fn came_back_with_all(vm: &Value) -> Vec<&'static str> {
+    let before = vm["before"]["residence"].as_f64().expect("a residence");
+    let mut ways = vec!["from-swap", "lazily", "lazily-on-demand"];
+    ways.retain(|way| residence_at_outage(vm, way) >= before * 0.9);
+    ways
 }
 
 #[test]
