@@ -80,7 +80,7 @@ const AUTOPSY: &str = r#"for task in $(ls -d /proc/[0-9]*/task/* 2>/dev/null); d
     cat $task/stack
 done 2>/dev/null
 PERDURE_POOL=/pool/pool timeout 20 perdure list
-find /pool /dax -name '*.log' -exec tail -n 20 {} + 2>/dev/null
+find /pool /dax /tmp -name '*.log' -exec tail -n 20 {} + 2>/dev/null
 dmesg | tail -n 20
 free -m"#;
 

@@ -12,7 +12,7 @@ const GUEST_BOOT: Duration = Duration::from_secs(180);
 /// MiB of state under the chain, and milliseconds between links.
 const CHAIN: (usize, u32) = (8, 20);
 const LINKS: u64 = 100;
-const CUTS: u64 = 2;
+const CUTS: u64 = 1;
 /// A generation a second: so much of the guest's time a cut may cost, and what it takes to store one in emulation.
 const LOST_MOST_MS: u64 = 8_000;
 

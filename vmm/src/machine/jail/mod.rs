@@ -27,7 +27,10 @@ use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
 use rustix::thread::CapabilitySet;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch, apply_filter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch, apply_filter,
+};
 
 use capabilities::give_up;
 pub use roles::Role;
@@ -88,6 +91,9 @@ pub fn enter(role: Role) {
 
 fn enter_as(jail: &Jail, role: Role) -> Result<(), JailError> {
     give_up(jail.capabilities).map_err(JailError::Capabilities)?;
+    if !role.has_files() {
+        apply_filter(&hide_files()?)?;
+    }
     Ok(apply_filter(&compile(role)?)?)
 }
 
@@ -116,6 +122,14 @@ fn compile(role: Role) -> Result<BpfProgram, JailError> {
 fn hide_clone3() -> Result<BpfProgram, JailError> {
     let rules = [(libc::SYS_clone3, Vec::<SeccompRule>::new())].into();
     let hidden = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    Ok(SeccompFilter::new(rules, SeccompAction::Allow, hidden, TargetArch::x86_64)?.try_into()?)
+}
+
+/// For a thread that has no business with them files are not there to be read: the C library looks for one, and must not end the process.
+fn hide_files() -> Result<BpfProgram, JailError> {
+    let reading = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, roles::READING)?;
+    let rules = [(libc::SYS_openat, vec![SeccompRule::new(vec![reading])?])].into();
+    let hidden = SeccompAction::Errno(libc::EACCES.unsigned_abs());
     Ok(SeccompFilter::new(rules, SeccompAction::Allow, hidden, TargetArch::x86_64)?.try_into()?)
 }
 

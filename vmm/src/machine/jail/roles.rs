@@ -104,6 +104,13 @@ const RUNTIME: Calls = &[
     (SYS_write, Always),
 ];
 
+/// Where no files are opened: what the C library wants to read of the system before it gives back a thread's memory for the first time
+/// (`check_may_shrink_heap`), and does without. See `hide_files`; anything else than reading is refused.
+const NO_FILES: Calls = &[(SYS_openat, Is(2, READING))];
+
+/// What a file is opened with to be read.
+pub(super) const READING: u64 = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
+
 /// Starting a thread: one of this process, never another process.
 const THREADS: Calls = &[
     // Not there: see `hide_clone3`. Here it must not be a refusal, which would go before that.
@@ -265,16 +272,16 @@ const UFFDIO_API: u64 = 0xc018_aa3f;
 impl Role {
     fn calls(self) -> &'static [Calls] {
         match self {
-            Self::Vcpu => &[RUNTIME, STREAMS, OPEN_FILES, FAULTS, DEVICE],
-            Self::Device => &[RUNTIME, STREAMS, OPEN_FILES, FAULTS, DEVICE, SOCKETS],
+            Self::Vcpu => &[RUNTIME, NO_FILES, STREAMS, OPEN_FILES, FAULTS, DEVICE],
+            Self::Device => &[RUNTIME, NO_FILES, STREAMS, OPEN_FILES, FAULTS, DEVICE, SOCKETS],
             // Which pages changed is in a file of the process's own.
             Self::Flush => &[RUNTIME, OPEN_FILES, FILES, WRITTEN_PAGES, FAULTS],
             // The store of generations is among what memory comes from.
             Self::Pager => &[RUNTIME, STREAMS, OPEN_FILES, BATCHES, FILES, FAULTS, PLACES, THREADS],
             Self::Budget => &[RUNTIME, OPEN_FILES, FILES],
             Self::Generations => &[RUNTIME, STREAMS, OPEN_FILES, BATCHES, FILES, FAULTS, WRITTEN_PAGES, THREADS],
-            Self::Control => &[RUNTIME, STREAMS, SOCKETS, THREADS],
-            Self::HoldUp => &[RUNTIME],
+            Self::Control => &[RUNTIME, NO_FILES, STREAMS, SOCKETS, THREADS],
+            Self::HoldUp => &[RUNTIME, NO_FILES],
             Self::Supervisor => &[
                 RUNTIME,
                 STREAMS,
@@ -290,6 +297,11 @@ impl Role {
                 SUPERVISOR,
             ],
         }
+    }
+
+    /// Whether it opens files.
+    pub(super) fn has_files(self) -> bool {
+        !matches!(self, Self::Vcpu | Self::Device | Self::Control | Self::HoldUp)
     }
 
     /// Requests of KVM, the one that is made most first.

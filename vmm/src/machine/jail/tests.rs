@@ -45,7 +45,9 @@ const DEEDS: &[Deed] = &[
     Deed { name: "supervisor-traces", role: Role::Supervisor, what: trace, refused: Some("101 (ptrace;") },
     Deed { name: "supervisor-kills-other", role: Role::Supervisor, what: || kill(1), refused: Some("62 (kill;") },
     Deed { name: "supervisor-starts-threads", role: Role::Supervisor, what: start_threads, refused: None },
-    Deed { name: "control-opens", role: Role::Control, what: open, refused: Some("257 (openat;") },
+    Deed { name: "control-writes-file", role: Role::Control, what: write_file, refused: Some("257 (openat;") },
+    Deed { name: "control-reads-file", role: Role::Control, what: find_no_file, refused: None },
+    Deed { name: "device-gives-memory-back", role: Role::Device, what: give_memory_back, refused: None },
     Deed { name: "generations-open", role: Role::Generations, what: open, refused: None },
     Deed { name: "supervisor-has-no-privileges", role: Role::Supervisor, what: look_at_privileges, refused: None },
 ];
@@ -141,6 +143,20 @@ fn kill(process: libc::pid_t) {
 
 fn open() {
     drop(std::fs::File::open("/dev/null").unwrap());
+}
+
+fn write_file() {
+    drop(std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap());
+}
+
+fn find_no_file() {
+    assert_eq!(std::fs::File::open("/dev/null").unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+}
+
+/// Enough of it that the C library makes a thread's own heap smaller (glibc's `shrink_heap`): it looks at `vm.overcommit_memory` first.
+fn give_memory_back() {
+    let pieces: Vec<Vec<u8>> = (0..100).map(|_| vec![1; 100_000]).collect();
+    assert_eq!(std::hint::black_box(&pieces).len(), 100);
 }
 
 fn start_threads() {
