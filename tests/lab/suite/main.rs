@@ -5,7 +5,6 @@ mod cuts;
 mod debian;
 mod devices;
 mod disks;
-mod generations;
 mod kernel_log;
 mod machine;
 mod network;
