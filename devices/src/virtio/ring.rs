@@ -178,12 +178,21 @@ impl Ring {
     /// # Errors
     /// [`Fault`]: the ring makes no sense, or as `serve` says.
     pub fn drain(&mut self, mut serve: impl FnMut(&mut Self, Chain) -> Result<(), Fault>) -> Result<(), Fault> {
+        while let Some(chain) = self.pop_or_listen()? {
+            serve(self, chain)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Ring::pop`]; where there is nothing, the driver is to notify of what comes.
+    ///
+    /// # Errors
+    /// [`Fault`]: the ring makes no sense.
+    pub fn pop_or_listen(&mut self) -> Result<Option<Chain>, Fault> {
         loop {
-            while let Some(chain) = self.pop()? {
-                serve(self, chain)?;
-            }
-            if !self.listen()? {
-                return Ok(());
+            let next = self.pop()?;
+            if next.is_some() || !self.listen()? {
+                return Ok(next);
             }
         }
     }

@@ -94,13 +94,7 @@ impl Console {
 
     /// Prints what there is, as far as the line takes it.
     fn transmit(&mut self, ring: &mut Ring) -> Result<(), Fault> {
-        loop {
-            let Some(chain) = ring.pop()? else {
-                if ring.listen()? {
-                    continue;
-                }
-                return Ok(());
-            };
+        while let Some(chain) = ring.pop_or_listen()? {
             let (head, memory) = (chain.head_index(), ring.memory().clone());
             if !self.print(&memory, chain) {
                 ring.put_back();
@@ -109,6 +103,7 @@ impl Console {
             self.sent = 0;
             ring.complete(head, 0)?;
         }
+        Ok(())
     }
 
     /// Prints what is left of a request. Whether the line took all of it.
@@ -136,13 +131,7 @@ impl Console {
 
     /// Gives the driver what was typed, as far as it has room.
     fn receive(&mut self, ring: &mut Ring) -> Result<(), Fault> {
-        loop {
-            let Some(chain) = ring.pop()? else {
-                if ring.listen()? {
-                    continue;
-                }
-                return Ok(());
-            };
+        while let Some(chain) = ring.pop_or_listen()? {
             let (head, memory) = (chain.head_index(), ring.memory().clone());
             // Before anything is taken from the line: a buffer outside of the memory goes back empty, and loses nothing.
             let pieces = buffers::pieces(&memory, buffers::writable(chain), RECEIVE_MAX).unwrap_or_default();
@@ -167,6 +156,7 @@ impl Console {
             }
             ring.complete(head, u32::try_from(typed).unwrap_or(u32::MAX))?;
         }
+        Ok(())
     }
 }
 

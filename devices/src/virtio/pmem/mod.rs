@@ -86,12 +86,7 @@ impl Pmem {
     /// Takes what there is, no more than the ring has room for, and begins if nothing is under way.
     fn serve(&mut self, ring: &mut Ring) -> Result<(), Fault> {
         while self.requests.len() < usize::from(ring.size()) {
-            let Some(chain) = ring.pop()? else {
-                if ring.listen()? {
-                    continue;
-                }
-                break;
-            };
+            let Some(chain) = ring.pop_or_listen()? else { break };
             let memory = ring.memory().clone();
             self.requests.push_back(read_request(&memory, chain));
         }

@@ -85,12 +85,7 @@ impl Vsock {
     fn take(&mut self, ring: &mut Ring) -> Result<bool, Fault> {
         let mut any = false;
         while self.board.has_room() {
-            let Some(chain) = ring.pop()? else {
-                if ring.listen()? {
-                    continue;
-                }
-                return Ok(any);
-            };
+            let Some(chain) = ring.pop_or_listen()? else { return Ok(any) };
             let head = chain.head_index();
             if let Some((header, payload)) = read(ring, chain) {
                 self.board.take(&header, payload.as_deref());
@@ -105,12 +100,7 @@ impl Vsock {
     fn give(&mut self, ring: &mut Ring) -> Result<bool, Fault> {
         let (mut any, mut payload) = (false, Vec::new());
         while self.board.has_news() {
-            let Some(chain) = ring.pop()? else {
-                if ring.listen()? {
-                    continue;
-                }
-                return Ok(any);
-            };
+            let Some(chain) = ring.pop_or_listen()? else { return Ok(any) };
             let head = chain.head_index();
             let memory = ring.memory().clone();
             let pieces = buffers::pieces(&memory, buffers::writable(chain), HEADER + PAYLOAD_MAX);
@@ -132,12 +122,7 @@ impl Vsock {
 
     fn tell_of_reset(&mut self, ring: &mut Ring) -> Result<(), Fault> {
         while self.transport_reset {
-            let Some(chain) = ring.pop()? else {
-                if ring.listen()? {
-                    continue;
-                }
-                return Ok(());
-            };
+            let Some(chain) = ring.pop_or_listen()? else { return Ok(()) };
             let head = chain.head_index();
             let memory = ring.memory().clone();
             let written = buffers::scatter(&memory, buffers::writable(chain), 0, &TRANSPORT_RESET);
