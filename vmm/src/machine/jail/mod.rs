@@ -120,17 +120,20 @@ fn compile(role: Role) -> Result<BpfProgram, JailError> {
 
 /// `clone3` has its flags in memory, where a filter cannot see them. Where it is not there the C library takes `clone`.
 fn hide_clone3() -> Result<BpfProgram, JailError> {
-    let rules = [(libc::SYS_clone3, Vec::<SeccompRule>::new())].into();
-    let hidden = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    Ok(SeccompFilter::new(rules, SeccompAction::Allow, hidden, TargetArch::x86_64)?.try_into()?)
+    answered(libc::SYS_clone3, Vec::new(), libc::ENOSYS)
 }
 
 /// For a thread that has no business with them files are not there to be read: the C library looks for one, and must not end the process.
 fn hide_files() -> Result<BpfProgram, JailError> {
     let reading = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, roles::READING)?;
-    let rules = [(libc::SYS_openat, vec![SeccompRule::new(vec![reading])?])].into();
-    let hidden = SeccompAction::Errno(libc::EACCES.unsigned_abs());
-    Ok(SeccompFilter::new(rules, SeccompAction::Allow, hidden, TargetArch::x86_64)?.try_into()?)
+    answered(libc::SYS_openat, vec![SeccompRule::new(vec![reading])?], libc::EACCES)
+}
+
+/// A filter with which `call` fails with `errno`: always, or where one of `rules` holds.
+pub(super) fn answered(call: i64, rules: Vec<SeccompRule>, errno: i32) -> Result<BpfProgram, JailError> {
+    let failing = SeccompAction::Errno(errno.unsigned_abs());
+    let filter = SeccompFilter::new([(call, rules)].into(), SeccompAction::Allow, failing, TargetArch::x86_64)?;
+    Ok(filter.try_into()?)
 }
 
 /// Whether this system has what a jail takes (Linux 4.14 tells); why not otherwise.

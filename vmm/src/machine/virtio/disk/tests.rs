@@ -7,6 +7,7 @@ use devices::virtio::{GuestMemory, Memory};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::machine::jail;
 
 const WORKERS: [Worker; 2] = [Worker::IoUring, Worker::Threads];
 /// Where the image begins in its file, and how long it is.
@@ -129,20 +130,9 @@ fn what_completes_after_it_was_looked_for_is_an_edge_of_the_source() {
 
 /// From now on this thread, and those that it starts, get EPERM of `io_uring_setup`, as from a container's seccomp filter.
 fn refuse_io_uring() {
-    let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
-    let mut filter = [
-        // The system call's number: the first word of `struct seccomp_data`.
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_io_uring_setup as u32),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: takes no pointer.
-    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
-    // SAFETY: reads `program` and the filter behind it, which live until it returns.
-    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
-    assert_eq!(set, 0, "{}", io::Error::last_os_error());
+    let filter = jail::answered(libc::SYS_io_uring_setup, Vec::new(), libc::EPERM).unwrap();
+    // Also sets "no new privileges".
+    seccompiler::apply_filter(&filter).unwrap();
 }
 
 #[test]
