@@ -422,7 +422,7 @@ pub(crate) struct Truncator {
 impl Truncator {
     pub(crate) fn start(redo: &Arc<Redo>) -> Result<Self, RvmError> {
         let attending = Arc::clone(redo);
-        let thread = std::thread::Builder::new().name("rvm truncation".into()).spawn(move || attending.attend());
+        let thread = crate::threads::spawn("rvm truncation", move || attending.attend());
         let thread = thread.map_err(|source| RvmError::Thread { source })?;
         Ok(Self { redo: Arc::clone(redo), thread: Some(thread) })
     }
