@@ -126,7 +126,8 @@ pub fn last_step(console: &[u8]) -> u64 {
     complete.lines().rev().find_map(parse).map_or(0, |(step, ..)| step)
 }
 
-fn parse(line: &str) -> Option<(u64, &str, u64)> {
+/// The number, the hash and the milliseconds of a link; of any other line, none.
+pub(super) fn parse(line: &str) -> Option<(u64, &str, u64)> {
     let mut words = line.trim_end().split(' ');
     let link = match (words.next()?, words.next()?, words.next()?, words.next()?) {
         ("chain", step, hash, ms) => (step.parse().ok()?, hash, ms.parse().ok()?),

@@ -285,9 +285,9 @@ impl Known {
 fn links(console: &[u8]) -> Vec<(u64, String)> {
     let text = String::from_utf8_lossy(console);
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    let link = |line: &str| {
-        let step = chain::last_step(format!("{line}\n").as_bytes());
-        (step > 0).then(|| (step, line.split(' ').nth(2).unwrap_or_default().to_owned()))
+    let link = |line| {
+        let (step, hash, _) = chain::parse(line)?;
+        (step > 0).then(|| (step, hash.to_owned()))
     };
     whole.lines().filter_map(link).collect()
 }
