@@ -3,7 +3,7 @@
 use std::thread;
 
 use guests::chain;
-use tests::perdure::{Ended, Perdure};
+use tests::perdure::{Ended, Perdure, Running};
 
 use crate::vm::{COUNTER, SOON, Vm, record};
 
@@ -54,6 +54,26 @@ fn a_frozen_vm_is_not_started_over_and_not_removed_by_mistake() {
     vm.perdure.run(&["remove", "web", "--force"]).expect_code(0);
     assert_eq!(vm.state(), "absent");
     vm.perdure.run(&["pool", "check"]).expect_code(0);
+}
+
+#[test]
+fn a_power_fail_signal_does_not_pass_by_a_vm_that_is_being_resumed() {
+    for whom in [&["powerfail", "web"], &["powerfail", "--all"]] {
+        let vm = Vm::new("web");
+        vm.start(&COUNTER);
+        vm.wait_for_more();
+        vm.freeze();
+        // Its stamp takes so long to go that it is seen in this state.
+        let mut resume = vm.perdure.command(&["resume", "web"]);
+        resume.env("PERDURE_CUT_FAULT", "slow:400ms@resume.clear");
+        resume.env("PERDURE_CUT_RECORD", vm.perdure.pool().with_extension("record"));
+        let resumed = Running::start(&mut resume, "a slow resume".to_owned());
+        vm.wait_for_state("resuming");
+        vm.perdure.run(whom).expect_code(0);
+        resumed.wait(SOON).expect_code(3);
+        assert_eq!(vm.state(), "frozen");
+        vm.verify();
+    }
 }
 
 #[test]

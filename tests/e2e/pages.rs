@@ -69,6 +69,7 @@ fn a_working_set_beyond_256_mib_is_walked_to_its_end_through_outages() {
             let before = verify(&output, &walk.bytes).unwrap_or_else(|error| panic!("{medium}: {error}\n{output}"));
             assert!(!before.complete, "the outage came too late");
             running = Some(perdure.spawn(&["resume", "web"]));
+            eventually("life", || record(&perdure, "web")["state"] == "running");
         }
         output += &running.take().expect("a process").wait(LIMIT).expect_code(0).stdout;
         let report = verify(&output, &walk.bytes).unwrap_or_else(|error| panic!("{medium}: {error}\n{output}"));

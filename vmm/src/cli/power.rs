@@ -1,8 +1,10 @@
 //! `perdure powerfail`, `perdure powerback`
 
+use std::panic::resume_unwind;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use allocator::Pool;
 use anyhow::Context as _;
 use serde::Serialize;
 
@@ -16,10 +18,12 @@ use crate::supervisor::control::{ControlClient, ControlError, Request, Response}
 
 /// How long a frozen VM's process may take to be gone.
 const END_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a process that has a VM may take to answer: one that is just starting it does not yet.
+const START_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Raise the power-fail signal: what is volatile is frozen, everything is made durable, the process ends.
 ///
-/// All VMs are signalled at once. With --holdup darkness is simulated: when that time has passed since the signal, the VM's
+/// All VMs are signalled at once; one that is just being started or resumed, as soon as it runs. With --holdup darkness is simulated: when that time has passed since the signal, the VM's
 /// process is killed, whether it was done or not. While it lasts, `perdure powerback` lets the VM run on.
 #[derive(Debug, clap::Args)]
 pub(super) struct FailArgs {
@@ -51,7 +55,8 @@ struct Which {
 }
 
 impl Which {
-    fn names(&self, environment: &Environment) -> anyhow::Result<Vec<String>> {
+    /// Those meant: the one that is named, or all of a state that is `wanted`.
+    fn names(&self, environment: &Environment, wanted: &[VmState]) -> anyhow::Result<Vec<String>> {
         let pool = environment.open_pool()?;
         if let Some(name) = &self.name {
             // Says that there is no such VM, before it says that nobody answers.
@@ -60,14 +65,16 @@ impl Which {
         }
         let mut running = Vec::new();
         for name in names(&pool) {
-            if matches!(
-                survey(environment, &pool, &name)?.state,
-                VmState::Running | VmState::Paused | VmState::Freezing
-            ) {
+            if wanted.contains(&survey(environment, &pool, &name)?.state) {
                 running.push(name);
             }
         }
         Ok(running)
+    }
+
+    /// Whether this VM may have been taken for one that runs while somebody only looked at it.
+    fn may_rest(&self, error: &ControlError) -> bool {
+        self.all && matches!(error, ControlError::Nobody { .. })
     }
 }
 
@@ -83,27 +90,29 @@ struct Outcome {
 }
 
 pub(super) fn fail(environment: &Environment, args: &FailArgs) -> anyhow::Result<ExitCode> {
-    let names = args.which.names(environment)?;
-    let holdup_ns = args.holdup.map(nanoseconds);
+    const AWAKE: [VmState; 4] = [VmState::Running, VmState::Paused, VmState::Freezing, VmState::Resuming];
+    let names = args.which.names(environment, &AWAKE)?;
     let outcomes: Vec<Outcome> = std::thread::scope(|scope| {
-        let asked: Vec<_> =
-            names.iter().map(|name| scope.spawn(move || fail_one(environment, name, holdup_ns))).collect();
-        asked.into_iter().filter_map(|thread| thread.join().ok()).collect()
+        let asked: Vec<_> = names.iter().map(|name| scope.spawn(move || fail_one(environment, name, args))).collect();
+        asked.into_iter().filter_map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
     });
     if args.json {
         output::json(&outcomes)?;
     } else {
         outcomes.iter().for_each(print);
     }
-    let all_frozen = outcomes.len() == names.len() && outcomes.iter().all(|outcome| outcome.frozen);
+    let all_frozen = outcomes.iter().all(|outcome| outcome.frozen);
     Ok(if all_frozen { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn fail_one(environment: &Environment, name: &str, holdup_ns: Option<u64>) -> Outcome {
+/// `None`: it was not running after all, and nobody named it.
+fn fail_one(environment: &Environment, name: &str, args: &FailArgs) -> Option<Outcome> {
+    let holdup_ns = args.holdup.map(nanoseconds);
     let mut outcome = Outcome { name: name.to_owned(), frozen: false, in_time: None, report: None, why: None };
-    let asked = ControlClient::connect(&environment.pool, name)
-        .and_then(|client| client.ask(&Request::PowerFail { holdup_ns }));
+    let asked =
+        connect(environment, name, START_DEADLINE).and_then(|client| client.ask(&Request::PowerFail { holdup_ns }));
     match asked {
+        Err(error) if args.which.may_rest(&error) => return None,
         Ok(Response::Frozen(report)) => {
             outcome.frozen = true;
             outcome.in_time = holdup_ns.map(|_| true);
@@ -123,7 +132,28 @@ fn fail_one(environment: &Environment, name: &str, holdup_ns: Option<u64>) -> Ou
         }
         Err(error) => outcome.why = Some(super::one_line(&error.into())),
     }
-    outcome
+    Some(outcome)
+}
+
+/// Connects to the process that has a VM, as soon as it answers. It has the VM before that: from the moment on that a resume cleared
+/// the stamp a cut loses it, so a power-fail signal must not pass it by. Who only looks at a VM has it for moments.
+fn connect(environment: &Environment, name: &str, patience: Duration) -> Result<ControlClient, ControlError> {
+    let begun = Instant::now();
+    loop {
+        let nobody = match ControlClient::connect(&environment.pool, name) {
+            Err(error @ ControlError::Nobody { .. }) => error,
+            other => return other,
+        };
+        let had = || environment.open_pool().is_ok_and(|pool| in_use(&pool, name));
+        if begun.elapsed() > patience || !had() {
+            return Err(nobody);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn in_use(pool: &Pool, name: &str) -> bool {
+    matches!(VmRegions::open(pool, name), Err(RegionsError::InUse { .. }))
 }
 
 /// Waits until no process has the VM any more (or it runs on, because the power came back).
@@ -172,7 +202,7 @@ fn print(outcome: &Outcome) {
 
 pub(super) fn back(environment: &Environment, args: &BackArgs) -> anyhow::Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
-    for name in args.which.names(environment)? {
+    for name in args.which.names(environment, &[VmState::Running, VmState::Paused, VmState::Freezing])? {
         match ControlClient::connect(&environment.pool, &name)?.ask(&Request::PowerBack)? {
             Response::Done => say!("{name}: runs on"),
             Response::Refused { why } => {
