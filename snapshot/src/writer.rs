@@ -1,34 +1,24 @@
 //! Adding a generation.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry as Slot;
+mod commit;
+mod intake;
+
 use std::sync::{Arc, PoisonError};
 
 use vfs::cut::point::{Point, pass};
 
-use crate::batch::{self, Identity};
-use crate::codec::decode;
 use crate::dedup::DedupIndex;
 use crate::error::StoreError;
-use crate::fault::seeded;
 use crate::generation::{
     BLOB_MAX, BLOBS_MAX, Generation, GenerationId, KIND_MAX, NewGeneration, PAGE_SIZE, Page, Parent, REGION_MAX,
     REGIONS_MAX, RegionSpec, check_label, check_name, pages_of,
 };
-use crate::hash::Hash;
 use crate::layout::Layout;
 use crate::ledger::State;
-use crate::mark::Distinct;
-use crate::node::{
-    BLOB_PIECE, Entry, Link, Manifest, ManifestBlob, ManifestRegion, PAGE_UNIT, encode_blob, encode_manifest, level_for,
-};
-use crate::pack::{AppendPolicy, Appender, BLOCK, DATA, MIRRORS, run_all, sync_dir};
+use crate::node::{BLOB_PIECE, Manifest, ManifestBlob, ManifestRegion, encode_blob, level_for};
+use crate::pack::{AppendPolicy, Appender, DATA, MIRRORS};
 use crate::radix::{Change, Grafter};
-use crate::record::{Committed, Ends, Record};
 use crate::store::{Store, WriteLock};
-
-/// Changes held in memory before they are worked into the archive: some 64 MiB.
-const PENDING_MAX: usize = 1 << 20;
 
 /// A region of the generation being written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -318,278 +308,6 @@ impl Writer {
         })?;
         draft.pending.extend(gone);
         self.fold_if_many()
-    }
-
-    fn take_in_staged(&mut self) -> Result<(), StoreError> {
-        let (mut staged, mut places) = (std::mem::take(&mut self.staged), std::mem::take(&mut self.places));
-        let taken = if places.is_empty() { Ok(()) } else { self.take_in(&staged, &places) };
-        staged.clear();
-        places.clear();
-        (self.staged, self.places) = (staged, places);
-        taken
-    }
-
-    /// Stores what is new in `data` and notes what became of every page.
-    fn take_in(&mut self, data: &[u8], places: &[(RegionKey, u64)]) -> Result<(), StoreError> {
-        let options = &self.store.inner.options;
-        let (threads, compression) = (options.threads, options.compression);
-        let identities = batch::identify(data, threads);
-        let page = |index: usize| &data[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];
-        let mut entries: Vec<Option<Entry>> = Vec::with_capacity(places.len());
-        let mut fresh: Vec<usize> = Vec::new();
-        let mut equal: Vec<(usize, usize)> = Vec::new();
-        let mut seen: HashMap<Hash, usize> = HashMap::new();
-        for (index, (identity, (region, number))) in identities.iter().zip(places).enumerate() {
-            let Identity::Content(hash) = *identity else {
-                entries.push(None);
-                continue;
-            };
-            let known = match self.parents(*region, *number, hash)? {
-                Some(entry) => Some(entry),
-                None => self.stored(hash, page(index)),
-            };
-            entries.push(known);
-            if known.is_none() {
-                match seen.entry(hash) {
-                    Slot::Occupied(first) if page(*first.get()) == page(index) => equal.push((index, *first.get())),
-                    Slot::Occupied(_) => fresh.push(index),
-                    Slot::Vacant(vacant) => {
-                        vacant.insert(index);
-                        fresh.push(index);
-                    }
-                }
-            }
-        }
-        let pages: Vec<&[u8]> = fresh.iter().map(|index| page(*index)).collect();
-        let encoded = batch::encode(&pages, compression, threads);
-        let links = self.append(data, &pages, &encoded)?;
-        for (index, link) in fresh.iter().zip(links) {
-            let Identity::Content(hash) = identities[*index] else { continue };
-            self.dedup.insert(hash, link);
-            entries[*index] = Some(Entry { hash, first: link, second: None });
-        }
-        for (index, first) in equal {
-            entries[index] = entries[first];
-        }
-        for ((region, page), entry) in places.iter().zip(entries) {
-            self.drafts[usize::from(region.0)].pending.push((*page, entry));
-        }
-        self.fold_if_many()
-    }
-
-    /// Appends pages that are new; raw ones as one run where all of `data` is new.
-    fn append(&mut self, data: &[u8], pages: &[&[u8]], encoded: &[batch::Encoded]) -> Result<Vec<Link>, StoreError> {
-        let born = self.depth as u16;
-        let link = |pack, offset: u64, length: usize, page: &batch::Encoded| Link {
-            pack,
-            unit: (offset / PAGE_UNIT) as u32,
-            length: length as u16,
-            codec: page.codec,
-            born,
-            crc: page.crc,
-        };
-        self.pages_stored += pages.len() as u64;
-        let all_raw = encoded.iter().all(|page| page.bytes.is_empty());
-        if all_raw && pages.len() * PAGE_SIZE == data.len() && !data.is_empty() {
-            let (pack, start) = self.data.append_blocks(data)?;
-            let offsets = (start..).step_by(PAGE_SIZE);
-            return Ok(offsets.zip(encoded).map(|(offset, page)| link(pack, offset, PAGE_SIZE, page)).collect());
-        }
-        let mut links = Vec::with_capacity(pages.len());
-        for (page, encoded) in pages.iter().zip(encoded) {
-            let (bytes, align) =
-                if encoded.bytes.is_empty() { (*page, PAGE_SIZE as u64) } else { (&encoded.bytes[..], PAGE_UNIT) };
-            let (pack, offset) = self.data.append(bytes, align)?;
-            links.push(link(pack, offset, bytes.len(), encoded));
-        }
-        Ok(links)
-    }
-
-    /// The entry of the same page in what this generation builds on, if it has this content.
-    fn parents(&self, region: RegionKey, page: u64, hash: Hash) -> Result<Option<Entry>, StoreError> {
-        let region = &self.drafts[usize::from(region.0)].region;
-        if region.root.is_none() {
-            return Ok(None);
-        }
-        Ok(self.store.inner.archive.lookup(region, page)?.filter(|entry| entry.hash == hash))
-    }
-
-    /// Content of which the store has a good copy elsewhere. The hash finds it, the bytes decide.
-    fn stored(&mut self, hash: Hash, page: &[u8]) -> Option<Entry> {
-        if !self.dedup.primed {
-            self.prime();
-        }
-        let link = self.dedup.get(hash)?;
-        let mut bytes = [0; PAGE_SIZE];
-        let stored = &mut bytes[..usize::from(link.length)];
-        self.data.read(link.pack, link.offset(), stored).ok()?;
-        let same = match link.codec {
-            crate::codec::Codec::Raw => stored == page,
-            codec => {
-                let mut plain = [0; PAGE_SIZE];
-                decode(codec, stored, &mut plain).is_ok() && plain == *page
-            }
-        };
-        let sound = same && crate::frame::crc(&bytes[..usize::from(link.length)]) == link.crc;
-        sound.then_some(Entry { hash, first: link, second: None })
-    }
-
-    /// Fills the index from the archive, newest generations first, until it is full. Once after the store was opened.
-    fn prime(&mut self) {
-        self.dedup.primed = true;
-        let mut distinct = Distinct::default();
-        for committed in self.state.newest_first() {
-            if self.dedup.is_full() {
-                return;
-            }
-            // What cannot be read is not found: its content will be stored anew.
-            let dedup = &mut self.dedup;
-            distinct.entries(&self.store.inner.archive, &committed.manifest, &mut |entry| {
-                if dedup.get(entry.hash).is_none() {
-                    dedup.insert(entry.hash, entry.first);
-                }
-                !dedup.is_full()
-            });
-        }
-    }
-
-    fn fold_if_many(&mut self) -> Result<(), StoreError> {
-        let pending: usize = self.drafts.iter().map(|draft| draft.pending.len()).sum();
-        if pending < PENDING_MAX { Ok(()) } else { self.fold() }
-    }
-
-    /// Works what is pending into the archive.
-    pub(crate) fn fold(&mut self) -> Result<(), StoreError> {
-        for index in 0..self.drafts.len() {
-            let mut changes = std::mem::take(&mut self.drafts[index].pending);
-            // Stable, so that the last of several changes of one page stays last.
-            changes.sort_by_key(|(page, _)| *page);
-            let mut settled: Vec<Change> = Vec::with_capacity(changes.len());
-            for change in changes {
-                match settled.last_mut() {
-                    Some(last) if last.0 == change.0 => *last = change,
-                    _ => settled.push(change),
-                }
-            }
-            self.note_changes(index, &settled)?;
-            let mut grafter = Grafter { archive: &self.store.inner.archive, nodes: &mut self.nodes };
-            grafter.apply(&mut self.drafts[index].region, &settled)?;
-            self.nodes.publish()?;
-        }
-        Ok(())
-    }
-
-    /// Writes another copy of pages on which too many generations lean. Looks at one part of all leaves each time.
-    fn add_redundancy(&mut self) -> Result<(), StoreError> {
-        let Some(redundancy) = self.store.inner.options.redundancy else { return Ok(()) };
-        let redundancy = redundancy.get().min(1 << 14);
-        let (depth, period) = (self.depth, (redundancy / 2).max(1));
-        for index in 0..self.drafts.len() {
-            let region = self.drafts[index].region.clone();
-            let mut due: Vec<(u64, Entry)> = Vec::new();
-            self.store.inner.archive.leaves(&region, 0, &mut |first, leaf| {
-                if (first / leaf.len() as u64) % u64::from(period) == u64::from(depth % period) {
-                    due.extend((first..).zip(leaf).filter_map(|(page, entry)| {
-                        let age = u32::from((depth as u16).wrapping_sub(entry.as_ref()?.first.born));
-                        // Nobody looks again for `period` generations, so what would be too old by then is copied now.
-                        (age + period > redundancy).then_some((page, (*entry)?))
-                    }));
-                }
-                Ok(true)
-            })?;
-            for (page, entry) in due {
-                if let Some(copied) = self.copy(&entry)? {
-                    self.drafts[index].pending.push((page, Some(copied)));
-                }
-            }
-        }
-        self.fold()
-    }
-
-    /// Another copy of a page, or a younger one that is there already; `None` if no copy can be read.
-    fn copy(&mut self, entry: &Entry) -> Result<Option<Entry>, StoreError> {
-        let mut page = [0; PAGE_SIZE];
-        let Ok(good) = self.store.read_entry(entry, &mut page) else { return Ok(None) };
-        // The older backlink of the new entry is the copy that has just been read.
-        let (old, depth) = (entry.links().nth(good), self.depth as u16);
-        let young = |found: &Entry| found.first.born == depth && Some(found.first) != old;
-        if let Some(found) = self.stored(entry.hash, &page).filter(young) {
-            return Ok(Some(Entry { second: old, ..found }));
-        }
-        let encoded = batch::encode(&[&page], self.store.inner.options.compression, 1);
-        // Never as one run with others: the empty slice says that there is none.
-        let links = self.append(&[], &[&page], &encoded)?;
-        Ok(links.first().map(|link| {
-            self.dedup.insert(entry.hash, *link);
-            Entry { hash: entry.hash, first: *link, second: old }
-        }))
-    }
-
-    /// Makes the generation durable and part of the store. When this returns, a cut cannot take it away.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`]: the generation is not there, unless the ledger's own sync failed: then the store is poisoned and the next
-    /// opening knows. [`StoreError::Damaged`] as in [`Writer::put`]. [`StoreError::Invalid`] for a manifest over 256 KiB.
-    pub fn commit(mut self) -> Result<Generation, StoreError> {
-        self.take_in_staged()?;
-        self.fold()?;
-        self.defragment()?;
-        self.add_redundancy()?;
-        let manifest = Manifest {
-            regions: self.drafts.iter().map(|draft| draft.region.clone()).collect(),
-            blobs: std::mem::take(&mut self.blobs),
-        };
-        let bytes = encode_manifest(&manifest).ok_or_else(|| {
-            StoreError::invalid("too many regions and blobs, or too long names: the manifest is over 256 KiB")
-        })?;
-        pass(Point::GenerationDurable);
-        let manifest_node = Grafter { archive: &self.store.inner.archive, nodes: &mut self.nodes }.write(&bytes)?;
-        self.make_durable()?;
-        let mut ends = Ends { data: self.data.end(), archive: self.nodes.end() };
-        if seeded("the end of a pack is recorded one block short") {
-            ends.data.end = ends.data.end.saturating_sub(BLOCK);
-        }
-        let info = Generation {
-            id: self.id(),
-            parent: self.parent.clone(),
-            time_ms: self.new.time_ms,
-            label: self.new.label.clone(),
-            protected: self.new.protected,
-            origin: self.new.origin,
-            sequence: 0,
-            depth: self.depth,
-            logical_bytes: manifest.regions.iter().map(|region| region.size).fold(0, u64::saturating_add),
-            pages_stored: self.pages_stored,
-            page_bytes_stored: self.data.appended,
-            archive_bytes_stored: self.nodes.appended,
-        };
-        let id = info.id.clone();
-        let record = Record::Generation(Box::new(Committed { info, manifest: manifest_node, ends }));
-        let mut state = std::mem::replace(&mut self.state, State::empty());
-        pass(Point::GenerationCommit);
-        if let Err((error, undone)) = self.store.record(&mut state, vec![record]) {
-            // What the record refers to may be taken back only if the record is certainly not there.
-            self.done = !undone;
-            return Err(error);
-        }
-        pass(Point::GenerationDone);
-        self.done = true;
-        *self.store.layout() = self.layout.take().map(|layout| layout.committed(manifest_node));
-        *self.store.inner.dedup.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut self.dedup);
-        Ok(state.find(&id)?.info.clone())
-    }
-
-    /// All that the ledger's record will need, durable. Order: contents, then names.
-    fn make_durable(&mut self) -> Result<(), StoreError> {
-        self.data.seal()?;
-        self.nodes.seal()?;
-        let created = self.data.created() || self.nodes.created();
-        let syncs = self.data.syncs().chain(self.nodes.syncs()).collect();
-        run_all(syncs, self.store.inner.options.threads).inspect_err(|_| self.store.poison())?;
-        if created {
-            sync_dir(&*self.store.inner.vfs, &self.store.inner.packs.dir).inspect_err(|_| self.store.poison())?;
-        }
-        Ok(())
     }
 }
 
