@@ -1,4 +1,12 @@
-//! The catalog: which regions a pool has. One file, replaced whole by a rename.
+//! The catalog: which regions a pool has. One file, which is recoverable memory (`rvm`) with its log.
+//!
+//! | part | |
+//! |---|---|
+//! | this module | what a catalog says, and what must hold of it |
+//! | `layout` | its bytes in memory |
+//! | `file` | the file that has memory and log, found without a catalog; reading it |
+//! | `edit` | changing it: a transaction, or all of it anew |
+//! | `v1` | catalogs of the first version, which are read for ever |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -7,23 +15,34 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use vfs::cut::point::{Point, pass};
 use vfs::{OpenMode, Vfs, VfsFile};
 
-use crate::frame::{self, FrameError, Magic};
+use crate::frame::{FrameError, Magic};
 use crate::header::MIN_DATA_OFFSET;
 use crate::medium::{MediumKind, PAGE_SIZE};
 use crate::name::RegionName;
 use crate::region::Kind;
+
+mod edit;
+mod file;
+mod layout;
+#[cfg(test)]
+mod tests;
+mod v1;
+
+pub(crate) use edit::Edit;
 
 pub(crate) const FILE: &str = "catalog";
 pub(crate) const TEMPORARY: &str = "catalog.tmp";
 const LOCK: &str = "lock";
 const MAGIC: Magic = *b"PERDCATL";
 /// The version that this code writes.
-pub const VERSION: u32 = 1;
-/// Far more than a catalog of 65,536 regions needs.
+pub const VERSION: u32 = 2;
+/// Bytes of a catalog: far more than one of 65,536 regions needs.
 const MAX_LEN: usize = 64 << 20;
+/// How often a reader looks again at a catalog that was changed while it looked, a millisecond apart; and at one that seemed damaged.
+const LOOKS: u32 = 1000;
+const LOOKS_AT_DAMAGE: u32 = 4;
 /// The most bytes a region may have, headers included: what a file may have.
 pub(crate) const MAX_FILE: u64 = i64::MAX as u64;
 /// How long a change waits for another process's change. One takes milliseconds; a disk may stall for seconds.
@@ -127,16 +146,24 @@ pub enum CatalogError {
         /// The newest that is known here.
         known: u32,
     },
-    /// Its frame does not verify.
+    /// A checksum does not match.
     #[error("the pool's catalog {} is damaged; nothing was altered. Restore it from a copy: every region file still \
              carries its name, kind and size in its header", path.display())]
     Damaged {
         /// The catalog.
         path: PathBuf,
         /// What is wrong.
-        source: FrameError,
+        source: CatalogDamage,
     },
-    /// Its frame verifies, its body is not a catalog.
+    /// What a change that was cut off has left could not be made durable.
+    #[error("could not bring the pool's catalog {} up to date after a change that was cut off; nothing was altered", path.display())]
+    Recover {
+        /// The catalog.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its checksums match, and it is not a catalog.
     #[error("the pool's catalog {} makes no sense: {reason}; nothing was altered. Restore it from a copy", path.display())]
     Malformed {
         /// The catalog.
@@ -152,8 +179,8 @@ pub enum CatalogError {
         /// Why.
         source: io::Error,
     },
-    /// The new one is in place, but its directory could not be flushed.
-    #[error("could not flush the pool's directory {}: the change is made, but a power cut may undo it. Check the disk", path.display())]
+    /// The change is in the page cache, but not known to be on the disk.
+    #[error("could not flush the pool's catalog in {}: the change is made, but a power cut may undo it. Check the disk", path.display())]
     Uncertain {
         /// The pool's directory.
         path: PathBuf,
@@ -175,6 +202,45 @@ pub enum CatalogError {
         /// The pool's directory.
         path: PathBuf,
     },
+}
+
+/// What is damaged in a catalog.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CatalogDamage {
+    /// The frame, which is all of a catalog of version 1, and the first page of a later one.
+    #[error(transparent)]
+    Frame(FrameError),
+    /// The file is longer than it says.
+    #[error("it has {found} bytes and says that it has {expected}")]
+    Length {
+        /// Bytes that are there.
+        found: u64,
+        /// Bytes that it says.
+        expected: u64,
+    },
+    /// The log of its changes.
+    #[error("its log: {0}")]
+    Log(String),
+    /// Its settings.
+    #[error("its settings, at byte {at} of its memory, do not verify")]
+    Settings {
+        /// Where, in bytes.
+        at: usize,
+    },
+    /// The entry of a region.
+    #[error("entry {entry}, at byte {at} of its memory, does not verify{}", named.as_ref().map(|name| format!(" (region {name}, perhaps)")).unwrap_or_default())]
+    Entry {
+        /// Which, from 0.
+        entry: usize,
+        /// Where, in bytes.
+        at: usize,
+        /// The name in it, if that can be read.
+        named: Option<RegionName>,
+    },
+    /// All entries verify, and they are not those that it counted.
+    #[error("its entries verify and do not add up: one was lost, or is an older one")]
+    Sum,
 }
 
 impl Catalog {
@@ -216,32 +282,30 @@ impl Catalog {
         self.directory(pool, region.medium).join(self.file_name(region.id))
     }
 
-    /// Reads and verifies. Four system calls, no write.
+    /// Reads and verifies, and writes nothing.
     pub(crate) fn load(vfs: &dyn Vfs, pool: &Path) -> Result<Self, CatalogError> {
-        let path = pool.join(FILE);
-        let read = |source| CatalogError::Read { path: path.clone(), source };
-        let file = match vfs.open(&path, OpenMode::Read) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(CatalogError::Missing { path: pool.to_owned() });
-            }
-            other => other.map_err(read)?,
-        };
-        let length = file.len().map_err(read)?;
-        let most = MAX_LEN + frame::HEADER_LEN;
-        let wanted = usize::try_from(length).map_or(most, |length| length.min(most));
-        let mut bytes = vec![0; wanted];
-        file.read_exact_at(&mut bytes, 0).map_err(read)?;
-        Self::decode(&bytes).map_err(|error| error.at(pool))
+        Self::load_durable(vfs, pool).map(|(catalog, _)| catalog)
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let frame = frame::decode(bytes, MAGIC, VERSION, MAX_LEN).map_err(DecodeError::Frame)?;
-        if !frame.rest.is_empty() {
-            return Err(DecodeError::Body(format!("{} bytes follow it", frame.rest.len())));
+    /// As [`Catalog::load`], and says whether a power cut would leave it so: it may be a change's whose maker was killed before it was flushed.
+    pub(crate) fn load_durable(vfs: &dyn Vfs, pool: &Path) -> Result<(Self, bool), CatalogError> {
+        let mut damage = 0;
+        for _ in 0..LOOKS {
+            match file::look(vfs, pool) {
+                Ok(Some(found)) => return Ok(found),
+                // A change that went on meanwhile may look like damage, for a moment.
+                Err(error @ (CatalogError::Damaged { .. } | CatalogError::Malformed { .. })) => {
+                    damage += 1;
+                    if damage == LOOKS_AT_DAMAGE {
+                        return Err(error);
+                    }
+                }
+                Err(error) => return Err(error),
+                Ok(None) => {}
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
-        let catalog: Self = serde_json::from_slice(frame.body).map_err(|error| DecodeError::Body(error.to_string()))?;
-        catalog.validate().map_err(DecodeError::Body)?;
-        Ok(catalog)
+        Err(CatalogError::Busy { path: pool.to_owned() })
     }
 
     /// What a catalog must hold however it came to be: later code leans on it.
@@ -268,46 +332,6 @@ impl Catalog {
         }
         Ok(())
     }
-
-    /// Replaces the catalog on the disk: temporary file, flush, rename, flush of the directory.
-    pub(crate) fn commit(&self, vfs: &dyn Vfs, pool: &Path) -> Result<(), CatalogError> {
-        pass(Point::CatalogCommit);
-        let (path, temporary) = (pool.join(FILE), pool.join(TEMPORARY));
-        let write = |source| CatalogError::Write { path: path.clone(), source };
-        let body = serde_json::to_vec(self).map_err(|error| write(error.into()))?;
-        let replaced = (|| {
-            let file = vfs.open(&temporary, OpenMode::CreateTruncate)?;
-            file.write_all_at(&frame::encode(MAGIC, VERSION, &body), 0)?;
-            file.sync_data()?;
-            vfs.rename(&temporary, &path)
-        })();
-        if let Err(source) = replaced {
-            // Best effort: what is left of it is swept by the next change.
-            drop(vfs.remove_file(&temporary));
-            return Err(write(source));
-        }
-        vfs.sync_dir(pool).map_err(|source| CatalogError::Uncertain { path: pool.to_owned(), source })?;
-        pass(Point::CatalogDone);
-        Ok(())
-    }
-}
-
-enum DecodeError {
-    Frame(FrameError),
-    Body(String),
-}
-
-impl DecodeError {
-    fn at(self, pool: &Path) -> CatalogError {
-        let path = pool.join(FILE);
-        match self {
-            Self::Frame(FrameError::Newer { version, known }) => {
-                CatalogError::Newer { path: pool.to_owned(), version, known }
-            }
-            Self::Frame(source) => CatalogError::Damaged { path, source },
-            Self::Body(reason) => CatalogError::Malformed { path, reason },
-        }
-    }
 }
 
 /// The right to change the pool. Given up when dropped, or when its process dies.
@@ -331,89 +355,5 @@ impl CatalogLock {
             pause = (pause * 2).min(Duration::from_millis(20));
         }
         Ok(Self { _file: file })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use vfs::CrashVfs;
-
-    fn settings() -> Settings {
-        Settings { default_medium: MediumKind::File, media: BTreeMap::new(), ram_limit: None }
-    }
-
-    fn region(id: u64, name: &str) -> RegionInfo {
-        RegionInfo {
-            id,
-            name: name.parse().unwrap(),
-            kind: Kind::Ram,
-            medium: MediumKind::File,
-            size: 4096,
-            data_offset: MIN_DATA_OFFSET,
-        }
-    }
-
-    fn catalog() -> Catalog {
-        let mut catalog = Catalog::new(5, settings());
-        catalog.regions = vec![region(1, "web/ram"), region(3, "a")];
-        catalog.next_id = 4;
-        catalog
-    }
-
-    fn encoded(catalog: &Catalog) -> Vec<u8> {
-        frame::encode(MAGIC, VERSION, &serde_json::to_vec(catalog).unwrap())
-    }
-
-    #[test]
-    fn a_catalog_comes_back_as_it_was_committed() {
-        let vfs = CrashVfs::new();
-        let pool = Path::new("/pool");
-        vfs.create_dir_all(pool).unwrap();
-        catalog().commit(&vfs, pool).unwrap();
-        assert_eq!(Catalog::load(&vfs, pool).unwrap(), catalog());
-        assert_eq!(vfs.entry_kind(&pool.join(TEMPORARY)).unwrap(), None);
-    }
-
-    #[test]
-    fn a_newer_catalog_and_a_damaged_one_are_told_apart() {
-        let body = serde_json::to_vec(&catalog()).unwrap();
-        let told = |bytes: &[u8]| Catalog::decode(bytes).err().unwrap().at(Path::new("/pool")).to_string();
-        let newer = told(&frame::encode(MAGIC, VERSION + 1, &body));
-        assert!(newer.contains("made by a newer perdure"), "{newer}");
-        let mut bytes = encoded(&catalog());
-        let last = bytes.len() - 1;
-        bytes[last] ^= 1;
-        assert!(told(&bytes).contains("is damaged; nothing was altered"));
-        bytes[last] ^= 1;
-        bytes.push(0);
-        assert!(told(&bytes).contains("1 bytes follow it"));
-        assert!(told(&frame::encode(MAGIC, VERSION, b"{}")).contains("makes no sense"));
-    }
-
-    #[test]
-    fn nonsense_under_a_valid_crc_is_refused() {
-        let refused = |change: fn(&mut Catalog)| {
-            let mut catalog = catalog();
-            change(&mut catalog);
-            Catalog::decode(&encoded(&catalog)).is_err()
-        };
-        assert!(!refused(|_| {}));
-        assert!(refused(|c| c.regions[1].name = c.regions[0].name.clone()));
-        assert!(refused(|c| c.regions[1].id = 1));
-        assert!(refused(|c| c.next_id = 3));
-        assert!(refused(|c| c.regions[0].size = 0));
-        assert!(refused(|c| c.regions[0].size = 4097));
-        assert!(refused(|c| c.regions[0].size = u64::MAX - 4095));
-        assert!(refused(|c| c.regions[0].data_offset = 8192));
-        assert!(refused(|c| c.regions[0].data_offset = 1 << 63));
-    }
-
-    proptest! {
-        #[test]
-        fn arbitrary_bodies_do_no_harm(body in prop::collection::vec(any::<u8>(), 0..200)) {
-            prop_assert!(Catalog::decode(&frame::encode(MAGIC, VERSION, &body)).is_err());
-        }
     }
 }

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -85,7 +86,7 @@ pub struct Lease {
     pub(crate) info: RegionInfo,
     pub(crate) pool: u64,
     pub(crate) path: PathBuf,
-    pub(crate) file: Box<dyn VfsFile>,
+    pub(crate) file: Arc<dyn VfsFile>,
 }
 
 impl Lease {
@@ -158,7 +159,7 @@ impl Lease {
             std::thread::sleep(Duration::from_millis(1));
         }
         let info = info.clone();
-        Ok(Self { info, pool, path, file })
+        Ok(Self { info, pool, path, file: file.into() })
     }
 }
 

@@ -68,6 +68,11 @@ pub enum NameError {
 }
 
 impl RegionName {
+    /// What messages call something that is no region of a pool. `text` is not looked at.
+    pub(crate) fn internal(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+
     /// The name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {

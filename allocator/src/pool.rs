@@ -250,8 +250,14 @@ impl Pool {
     /// # Errors
     /// As [`Pool::open`].
     pub fn refresh(&self) -> Result<(), PoolError> {
-        self.replace(Catalog::load(&*self.vfs, &self.dir)?);
-        Ok(())
+        self.reload().map(drop)
+    }
+
+    /// As [`Pool::refresh`], and says whether what was read is durable.
+    fn reload(&self) -> Result<bool, PoolError> {
+        let (catalog, durable) = Catalog::load_durable(&*self.vfs, &self.dir)?;
+        self.replace(catalog);
+        Ok(durable)
     }
 
     /// A region by name.

@@ -164,6 +164,8 @@ pub enum RegionError {
 pub struct Region {
     lease: Lease,
     header: Mutex<Stamped>,
+    /// It is a part of a file that has no header of a region.
+    is_part: bool,
 }
 
 /// The header that counts, and where it lies.
@@ -205,7 +207,14 @@ impl Region {
         let ours = |copy: &Result<Header, _>| matches!(copy, Ok(h) if h.belongs_to(lease.pool, &lease.info));
         let other_lost = !copies.0.iter().all(ours);
         let header = Mutex::new(Stamped { header: header.clone(), slot, other_lost });
-        Ok(Self { lease, header })
+        Ok(Self { lease, header, is_part: false })
+    }
+
+    /// A part of a file that has no header of a region: `size` bytes at `data_offset`, as `lease` says, which belong to `log`. It can neither be
+    /// stamped nor bound.
+    pub(crate) fn part(lease: Lease, log: u64) -> Self {
+        let header = Header { bound: log, ..Header::of(lease.pool, &lease.info) };
+        Self { lease, header: Mutex::new(Stamped { header, slot: 0, other_lost: false }), is_part: true }
     }
 
     /// As the catalog has it.
@@ -313,6 +322,9 @@ impl Region {
         bound: u64,
         what: &'static str,
     ) -> Result<(), RegionError> {
+        if self.is_part {
+            return Err(self.io(what, io::ErrorKind::Unsupported.into()));
+        }
         let sequence = stamped.header.sequence + 1;
         let header = Header { sequence, clean, bound, ..Header::of(self.lease.pool, &self.lease.info) };
         let slot = 1 - stamped.slot;

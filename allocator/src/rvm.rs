@@ -49,7 +49,6 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::lease::LeaseError;
 use crate::medium::MediumKind;
 use crate::name::RegionName;
 use crate::pool::{Pool, RegionSpec};
@@ -65,6 +64,8 @@ mod interleavings;
 mod memory;
 mod ranges;
 mod redo;
+mod resume;
+mod segments;
 #[cfg(test)]
 mod states;
 mod status;
@@ -84,7 +85,11 @@ pub use redo::Recovery;
 pub use status::Engine;
 pub use transaction::{Commit, Mode, Part, Transaction};
 
+pub(crate) use memory::ByCopy;
 use memory::{ByMedium, Mapped, Mapper};
+pub(crate) use resume::{NewLog, Resumed, look};
+pub(crate) use segments::Segments;
+
 use redo::{LEAST_RING, Redo, Truncator};
 use status::{RECORDS_AT, Status, damaged};
 use undo::{LEAST_SLOT, MOST_SLOTS, Slots, Undo};
@@ -172,7 +177,7 @@ fn owner_of(transaction: u64) -> u64 {
 /// When it is dropped, what was committed without a flush is lost, as by a cut: see [`Rvm::terminate`].
 #[derive(Debug)]
 pub struct Rvm {
-    pool: Arc<Pool>,
+    segments: Box<dyn Segments>,
     log: Arc<Region>,
     engine: EngineOf,
     regions: Arc<Regions>,
@@ -247,26 +252,39 @@ impl Rvm {
         log: &RegionName,
         options: Options,
     ) -> Result<(Self, Recovery), RvmError> {
-        Self::initialize_on(pool, log, options, Box::new(ByMedium))
+        Self::initialize_on(Box::new(pool), log, options, Box::new(ByMedium))
     }
 
     fn initialize_on(
-        pool: Arc<Pool>,
+        segments: Box<dyn Segments>,
         log: &RegionName,
         options: Options,
         mapper: Box<dyn Mapper>,
     ) -> Result<(Self, Recovery), RvmError> {
-        pool.refresh()?;
-        let log = Arc::new(Region::open(pool.lease(log)?)?);
+        segments.refresh()?;
+        let log = Arc::new(segments.open(log)?);
         if log.info().kind != Kind::Log {
             return Err(RvmError::NotALog { name: log.name().clone(), kind: log.info().kind });
         }
         let mut status = Status::load(&log)?;
-        let recovery = recover(&pool, &log, &mut status)?;
+        let recovery = recover(&*segments, &log, &mut status)?;
+        let end = status.head;
+        Ok((Self::over(segments, log, status, end, options, mapper)?, recovery))
+    }
+
+    /// Over a log that ends at `end` (redo) or has nothing to roll back (undo).
+    fn over(
+        segments: Box<dyn Segments>,
+        log: Arc<Region>,
+        status: Status,
+        end: u64,
+        options: Options,
+        mapper: Box<dyn Mapper>,
+    ) -> Result<Self, RvmError> {
         let regions = Arc::new(Regions::default());
         let engine = match status.engine {
             Engine::Redo => {
-                let redo = Arc::new(Redo::new(Arc::clone(&log), status, Arc::clone(&regions), options));
+                let redo = Arc::new(Redo::new(Arc::clone(&log), status, end, Arc::clone(&regions), options));
                 let truncator = options.truncate_at.map(|_| Truncator::start(&redo)).transpose()?;
                 EngineOf::Redo { truncator, redo }
             }
@@ -276,7 +294,7 @@ impl Rvm {
             }
         };
         let owner = OWNERS.fetch_add(1, Ordering::Relaxed);
-        Ok((Self { pool, log, engine, regions, mapper, owner, transactions: AtomicU64::new(0) }, recovery))
+        Ok(Self { segments, log, engine, regions, mapper, owner, transactions: AtomicU64::new(0) })
     }
 
     /// Which engine makes transactions atomic.
@@ -298,7 +316,7 @@ impl Rvm {
         if let Some(mapped) = regions.values().find(|mapped| mapped.region.name() == name) {
             return hand_out(mapped);
         }
-        let region = Region::open(self.pool.lease(name)?)?;
+        let region = self.segments.open(name)?;
         let (medium, log) = (region.medium_kind(), self.log.medium_kind());
         if region.info().kind == Kind::Log {
             return Err(RvmError::IsALog { name: name.clone() });
@@ -320,7 +338,7 @@ impl Rvm {
         let other = match region.bound_to() {
             Ok(Some(log)) | Err(Some(log)) if log == self.log.id() => return Ok(region.clear_stamp()?),
             Ok(None) => None,
-            Ok(Some(log)) => Some(self.pool.list().into_iter().find(|other| other.id == log).map(|log| log.name)),
+            Ok(Some(log)) => Some(self.segments.name_of(log)),
             // The copy that cannot be read may have named a log.
             Err(_) => Some(None),
         };
@@ -501,16 +519,15 @@ fn random() -> std::io::Result<u64> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-fn recover(pool: &Pool, log: &Region, status: &mut Status) -> Result<Recovery, RvmError> {
+fn recover(segments: &dyn Segments, log: &Region, status: &mut Status) -> Result<Recovery, RvmError> {
     let opened: Mutex<BTreeMap<u64, Option<Arc<Region>>>> = Mutex::default();
-    let listed = pool.list();
     let find = |id: u64| {
         let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(region) = opened.get(&id) {
             return Ok(region.clone());
         }
-        let found = match listed.iter().find(|region| region.id == id) {
-            Some(info) => Some(Arc::new(leased(pool, log, &info.name)?)),
+        let found = match segments.name_of(id) {
+            Some(name) => Some(Arc::new(leased(segments, log, &name)?)),
             None => None,
         };
         opened.insert(id, found.clone());
@@ -523,12 +540,11 @@ fn recover(pool: &Pool, log: &Region, status: &mut Status) -> Result<Recovery, R
 }
 
 /// A region that the log has changes of.
-fn leased(pool: &Pool, log: &Region, name: &RegionName) -> Result<Region, RvmError> {
+fn leased(segments: &dyn Segments, log: &Region, name: &RegionName) -> Result<Region, RvmError> {
     if name == log.name() {
         return Err(damaged(log, "it has changes of itself"));
     }
-    let lease = pool.lease(name).map_err(|error: LeaseError| RvmError::Lease(error))?;
-    let region = Region::open(lease)?;
+    let region = segments.open(name)?;
     match region.bound_to() {
         Ok(Some(id)) | Err(Some(id)) if id == log.id() => Ok(region),
         _ => Err(damaged(log, format!("it has changes of region {name}, which does not belong to it"))),

@@ -144,7 +144,8 @@ fn a_power_cut_at_any_step_leaves_every_region_as_before_or_as_after() {
     let before = state(&ground);
     for operation in OPERATIONS {
         let (after, steps) = after(&ground, operation);
-        assert!(steps > 0, "{} does nothing", operation.0);
+        // What is there and durable is found without a write.
+        assert_eq!(steps > 0, operation.0 != "reallocate", "{}: {steps} steps", operation.0);
         for step in 1..=steps {
             let vfs = copy(&ground);
             vfs.cut_at(step);

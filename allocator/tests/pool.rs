@@ -247,7 +247,7 @@ fn a_pool_that_is_missing_newer_damaged_or_robbed_of_its_catalog_is_told_and_lef
     vfs.remove_file(catalog).unwrap();
     let error = Pool::create_or_open(DIR, Arc::new(vfs.clone())).unwrap_err();
     assert!(matches!(error, PoolError::Catalog(CatalogError::Lost { .. })), "{error}");
-    let newer = allocator::frame::encode(*b"PERDCATL", 2, b"{}");
+    let newer = allocator::frame::encode(*b"PERDCATL", allocator::catalog::VERSION + 1, b"{}");
     vfs.open(catalog, OpenMode::CreateNew).unwrap().write_all_at(&newer, 0).unwrap();
     let error = Pool::open(DIR, Arc::new(vfs.clone())).unwrap_err();
     assert!(error.to_string().contains("made by a newer perdure"), "{error}");

@@ -1,4 +1,4 @@
-//! Changes of a pool: under the catalog's lock, and each becomes true with one rename of the catalog.
+//! Changes of a pool: under the catalog's lock, and each becomes true with one transaction on the catalog.
 //!
 //! The order is what makes a kill or a cut harmless. Bytes that the new catalog needs are durable *before* it; bytes that
 //! only the old catalog needs go *after* it. What is then left over by a crash belongs to no region, and the next change sweeps it,
@@ -11,7 +11,7 @@ use vfs::{EntryKind, OpenMode, Vfs, VfsFile};
 
 use super::create::{PROBE, create_dir_durably};
 use super::{Pool, PoolError, RegionSpec};
-use crate::catalog::{Catalog, CatalogError, CatalogLock, MAX_FILE, RegionInfo, Settings, TEMPORARY};
+use crate::catalog::{Catalog, CatalogError, CatalogLock, Edit, MAX_FILE, RegionInfo, Settings, TEMPORARY};
 use crate::header::{Copies, MIN_DATA_OFFSET};
 use crate::lease::{Lease, LeaseError};
 use crate::medium::{Backing, HUGE_PAGE, MediumKind, PAGE_SIZE, dax};
@@ -77,21 +77,24 @@ impl Pool {
     /// [`PoolError::NoSpace`]; [`PoolError::Medium`] if it was to be `dax` and is not; [`PoolError::Catalog`]; [`PoolError::Io`].
     pub fn allocate(&self, name: &RegionName, spec: RegionSpec) -> Result<RegionInfo, PoolError> {
         check_size(name, spec.size)?;
-        self.refresh()?;
+        let durable = self.reload()?;
         if let Some(found) = self.get(name) {
-            // Whoever allocated it may have been killed before this.
-            self.vfs.sync_dir(&self.dir).map_err(PoolError::io("flush the directory", &self.dir))?;
+            if !durable {
+                // Whoever allocated it may have been killed before it was.
+                self.sweep()?;
+            }
             return same(found, spec);
         }
-        self.change(|catalog| match catalog.find(name) {
+        self.change(|catalog, edit| match catalog.find(name) {
             Some(found) => same(found.clone(), spec),
-            None => self.allocate_new(catalog, name, spec),
+            None => self.allocate_new(catalog, edit, name, spec),
         })
     }
 
     fn allocate_new(
         &self,
         catalog: &mut Catalog,
+        edit: &mut Edit<'_>,
         name: &RegionName,
         spec: RegionSpec,
     ) -> Result<RegionInfo, PoolError> {
@@ -111,7 +114,7 @@ impl Pool {
         let made = self.make_file(catalog.pool, &info, &path);
         catalog.regions.push(info.clone());
         catalog.next_id += 1;
-        let committed = made.and_then(|()| Ok(catalog.commit(&*self.vfs, &self.dir)?));
+        let committed = made.and_then(|()| Ok(edit.commit(catalog)?));
         match committed {
             Ok(()) => Ok(info),
             // The catalog may or may not have it after a cut: its file stays.
@@ -178,7 +181,7 @@ impl Pool {
     /// may hold changes of it; those of [`Pool::allocate`].
     pub fn resize(&self, name: &RegionName, size: u64) -> Result<RegionInfo, PoolError> {
         check_size(name, size)?;
-        self.change(|catalog| {
+        self.change(|catalog, edit| {
             let missing = || PoolError::NoSuchRegion { name: name.clone() };
             let old = catalog.find(name).cloned().ok_or_else(missing)?;
             let lease = Lease::lock(&*self.vfs, catalog.pool, &old, catalog.path(&self.dir, &old))?;
@@ -192,10 +195,10 @@ impl Pool {
             }
             let new = RegionInfo { size, ..old.clone() };
             if size > old.size {
-                self.grow(catalog, &region, &new)?;
+                self.grow(catalog, edit, &region, &new)?;
             } else if size < old.size {
                 set(catalog, &new);
-                catalog.commit(&*self.vfs, &self.dir)?;
+                edit.commit(catalog)?;
                 // Best effort: the next change cuts what is too long.
                 drop(region.lease().file.set_len(new.file_length()));
             }
@@ -203,7 +206,13 @@ impl Pool {
         })
     }
 
-    fn grow(&self, catalog: &mut Catalog, region: &Region, new: &RegionInfo) -> Result<(), PoolError> {
+    fn grow(
+        &self,
+        catalog: &mut Catalog,
+        edit: &mut Edit<'_>,
+        region: &Region,
+        new: &RegionInfo,
+    ) -> Result<(), PoolError> {
         let (from, to) = (region.info().file_length(), new.file_length());
         self.check_room(catalog, new, to - from)?;
         let (file, path) = (&region.lease().file, region.path());
@@ -215,7 +224,7 @@ impl Pool {
         })();
         set(catalog, new);
         let committed = match grown {
-            Ok(()) => catalog.commit(&*self.vfs, &self.dir).map_err(PoolError::from),
+            Ok(()) => edit.commit(catalog).map_err(PoolError::from),
             Err(source) => Err(PoolError::io("reserve more space for", path)(source)),
         };
         if let Err(error) = committed {
@@ -250,7 +259,7 @@ impl Pool {
         to: &RegionName,
         which: impl Fn(&RegionName) -> bool,
     ) -> Result<(), PoolError> {
-        self.change(|catalog| {
+        self.change(|catalog, edit| {
             let _leases = self.lock_those(catalog, from, &which)?;
             let stay: Vec<RegionName> = catalog.regions.iter().map(|r| r.name.clone()).filter(|n| !which(n)).collect();
             for region in catalog.regions.iter_mut().filter(|region| which(&region.name)) {
@@ -263,7 +272,7 @@ impl Pool {
                 }
                 region.name = new;
             }
-            Ok(catalog.commit(&*self.vfs, &self.dir)?)
+            Ok(edit.commit(catalog)?)
         })
     }
 
@@ -284,10 +293,10 @@ impl Pool {
     }
 
     fn free_those(&self, named: &RegionName, which: impl Fn(&RegionName) -> bool) -> Result<(), PoolError> {
-        self.change(|catalog| {
+        self.change(|catalog, edit| {
             let _leases = self.lock_those(catalog, named, &which)?;
             let gone: Vec<RegionInfo> = catalog.regions.extract_if(.., |region| which(&region.name)).collect();
-            catalog.commit(&*self.vfs, &self.dir)?;
+            edit.commit(catalog)?;
             for region in &gone {
                 // Best effort: the next change sweeps what is left.
                 drop(self.vfs.remove_file(&catalog.path(&self.dir, region)));
@@ -324,7 +333,7 @@ impl Pool {
     /// # Errors
     /// [`PoolError::DirectoryInUse`]; [`PoolError::Catalog`].
     pub fn configure(&self, settings: Settings) -> Result<(), PoolError> {
-        self.change(|catalog| {
+        self.change(|catalog, edit| {
             let was = catalog.clone();
             catalog.settings = settings;
             for medium in MediumKind::ALL {
@@ -334,15 +343,15 @@ impl Pool {
                     return Err(PoolError::DirectoryInUse { medium, from, to, regions });
                 }
             }
-            Ok(catalog.commit(&*self.vfs, &self.dir)?)
+            Ok(edit.commit(catalog)?)
         })
     }
 
     /// Sets what VMs may have in memory together; see [`crate::budget::Budget::set_limit`], which asks whether that can be.
     pub(crate) fn set_ram_limit(&self, limit: Option<u64>) -> Result<(), PoolError> {
-        self.change(|catalog| {
+        self.change(|catalog, edit| {
             catalog.settings.ram_limit = limit;
-            Ok(catalog.commit(&*self.vfs, &self.dir)?)
+            Ok(edit.commit(catalog)?)
         })
     }
 
@@ -351,15 +360,19 @@ impl Pool {
     /// # Errors
     /// [`PoolError::Catalog`].
     pub fn sweep(&self) -> Result<(), PoolError> {
-        self.change(|_| Ok(()))
+        self.change(|_, _| Ok(()))
     }
 
     /// Runs a change under the lock, on the catalog as it is on the disk.
-    fn change<T>(&self, make: impl FnOnce(&mut Catalog) -> Result<T, PoolError>) -> Result<T, PoolError> {
+    fn change<T>(
+        &self,
+        make: impl FnOnce(&mut Catalog, &mut Edit<'_>) -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
         let _lock = CatalogLock::take(&*self.vfs, &self.dir)?;
-        let mut catalog = Catalog::load(&*self.vfs, &self.dir)?;
+        let (mut edit, mut catalog) = Edit::open(&*self.vfs, &self.dir)?;
+        // What the catalog does not need goes now that the catalog is durable, and no cut brings back one that needs it.
         self.sweep_strays(&catalog);
-        let made = make(&mut catalog);
+        let made = make(&mut catalog, &mut edit);
         match &made {
             Ok(_) => self.replace(catalog),
             // What is true then is what the disk says.
@@ -371,18 +384,10 @@ impl Pool {
     /// Best effort: what cannot be swept now is found again.
     fn sweep_strays(&self, catalog: &Catalog) {
         let orphans: Vec<PathBuf> = self.orphans(catalog);
-        let too_long: Vec<(Box<dyn VfsFile>, u64)> = self.too_long(catalog);
-        if orphans.is_empty() && too_long.is_empty() {
-            return;
-        }
-        // Its writer may have been killed before it did this: without it a cut could bring back a catalog that needs them.
-        if self.vfs.sync_dir(&self.dir).is_err() {
-            return;
-        }
         for path in orphans {
             drop(self.vfs.remove_file(&path));
         }
-        for (file, length) in too_long {
+        for (file, length) in self.too_long(catalog) {
             drop(file.set_len(length));
         }
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, RwLock};
 use vfs::{OpenMode, Vfs};
 
 use super::{Pool, PoolError};
-use crate::catalog::{Catalog, CatalogError, CatalogLock, Settings};
+use crate::catalog::{Catalog, CatalogError, CatalogLock, Edit, Settings};
 use crate::medium::{Backing, MediumKind, PAGE_SIZE, dax};
 
 /// `$PERDURE_POOL`, else `$XDG_STATE_HOME/perdure`, else `~/.local/state/perdure`.
@@ -57,7 +57,7 @@ impl Pool {
                 let settings =
                     Settings { default_medium: detect(&*vfs, dir)?, media: BTreeMap::new(), ram_limit: None };
                 let catalog = Catalog::new(random(), settings);
-                catalog.commit(&*vfs, dir)?;
+                Edit::new(&*vfs, dir).commit(&catalog)?;
                 catalog
             }
             Err(error) => return Err(error.into()),

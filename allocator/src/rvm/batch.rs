@@ -34,6 +34,14 @@ pub(crate) struct Head {
     ranges: u32,
 }
 
+impl Head {
+    /// A batch without ranges, which no commit makes: its writer saw all before it made durable. With it, a batch before it that does not verify is
+    /// damage, and no commit that a cut tore; and a log can be gone on with as it is.
+    pub(crate) fn is_seal(&self) -> bool {
+        self.ranges == 0
+    }
+}
+
 /// Why bytes are not the rest of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub(crate) enum BodyError {

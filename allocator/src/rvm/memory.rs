@@ -137,6 +137,16 @@ impl Mapper for ByMedium {
     }
 }
 
+/// By copying, whatever the medium: a file that is cut short meanwhile is then an error, and no signal.
+#[derive(Debug)]
+pub(crate) struct ByCopy;
+
+impl Mapper for ByCopy {
+    fn map(&self, region: &Region, _engine: Engine) -> Result<Box<dyn Working>, RegionError> {
+        Ok(Box::new(Copied::of(region)?))
+    }
+}
+
 /// A mapped region.
 #[derive(Debug)]
 pub(crate) struct Mapped {

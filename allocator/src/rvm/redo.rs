@@ -84,7 +84,9 @@ impl<'a> Ring<'a> {
     fn batch(&self, place: Place, until: u64, ranges: &mut Ranges) -> Result<Option<u64>, RvmError> {
         let room = until.saturating_sub(place.position);
         let header = self.read(place.position, room.min(HEADER as u64))?;
-        let Some(head) = batch::decode_head(&header).filter(|head| head.place == place && head.length <= room) else {
+        let Some(head) =
+            batch::decode_head(&header).filter(|head| head.place == place && head.length <= room && !head.is_seal())
+        else {
             return Ok(None);
         };
         let body = self.read(place.position + HEADER as u64, head.length - HEADER as u64)?;
@@ -93,6 +95,13 @@ impl<'a> Ring<'a> {
             Err(batch::BodyError::Crc) => Ok(None),
             Err(error @ batch::BodyError::Malformed) => Err(damaged(self.log, format!("a batch: {error}"))),
         }
+    }
+
+    /// Whether there is a seal at `place`: all before it was durable when it was written.
+    fn is_sealed(&self, place: Place, until: u64) -> Result<bool, RegionError> {
+        let room = until.saturating_sub(place.position);
+        let header = self.read(place.position, room.min(HEADER as u64))?;
+        Ok(batch::decode_head(&header).is_some_and(|head| head.place == place && head.is_seal()))
     }
 
     /// Whether a batch that was written after the one at `end` counts, or the log has gone on past what its status says. Either proves that
@@ -129,19 +138,46 @@ pub struct Recovery {
 /// Finds the region of an id, if it is in the pool, and only if it belongs to the log.
 pub(crate) type Find<'a> = dyn Fn(u64) -> Result<Option<Arc<Region>>, RvmError> + 'a;
 
-/// Brings all that the log has to its regions, and empties it. Interrupted anywhere, it does the same again.
-pub(crate) fn recover(log: &Region, status: &mut Status, find: &Find<'_>) -> Result<Recovery, RvmError> {
+/// What a log has that counts.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// The newest bytes of each range.
+    pub(crate) ranges: Ranges,
+    /// Where it ends.
+    pub(crate) end: u64,
+    /// How many batches.
+    pub(crate) batches: u64,
+    /// There is a seal at the end.
+    pub(crate) sealed: bool,
+    /// Whether more than half of the ring is in use.
+    pub(crate) crowded: bool,
+}
+
+/// Reads what counts, from the head on. Changes nothing.
+pub(crate) fn scan(log: &Region, status: &Status) -> Result<Found, RvmError> {
     let ring = Ring::of(log)?;
     let place = |position| Place { key: status.key, generation: status.generation, position };
-    let (mut ranges, mut end, until) = (Ranges::default(), status.head, status.head + ring.length);
-    let mut recovery = Recovery::default();
+    let (mut ranges, mut end, mut batches) = (Ranges::default(), status.head, 0);
+    let until = status.head + ring.length;
     while let Some(next) = ring.batch(place(end), until, &mut ranges)? {
         end = next;
-        recovery.replayed += 1;
+        batches += 1;
     }
     if ring.goes_on(place(end), end, until)? {
-        return Err(damaged(log, format!("the batch at {end} is damaged, and later ones are whole")));
+        return Err(damaged(log, format!("the batch at {end} is damaged, and it was durable once")));
     }
+    let sealed = ring.is_sealed(place(end), until)?;
+    Ok(Found { ranges, end, batches, sealed, crowded: end - status.head > ring.length / 2 })
+}
+
+/// Brings all that the log has to its regions, and empties it. Interrupted anywhere, it does the same again.
+pub(crate) fn recover(log: &Region, status: &mut Status, find: &Find<'_>) -> Result<Recovery, RvmError> {
+    let Found { ranges, end, batches, sealed, .. } = scan(log, status)?;
+    if batches > 0 && !sealed && !seeded("a recovery does not flush the log first") {
+        // Its writer may have been killed before it did, and what follows is half done at a cut: the log must have all of it then.
+        log.sync()?;
+    }
+    let mut recovery = Recovery { replayed: batches, ..Recovery::default() };
     let regions = apply(log, &ranges, find, &mut recovery)?;
     if !seeded("a recovery does not flush the regions") {
         regions.iter().try_for_each(|region| region.sync())?;
@@ -241,9 +277,8 @@ struct Call {
 }
 
 impl Redo {
-    /// Of a log that was recovered.
-    pub(crate) fn new(log: Arc<Region>, status: Status, regions: Arc<Regions>, options: Options) -> Self {
-        let end = status.head;
+    /// Of a log that ends at `end`.
+    pub(crate) fn new(log: Arc<Region>, status: Status, end: u64, regions: Arc<Regions>, options: Options) -> Self {
         Self {
             log,
             regions,
@@ -348,6 +383,19 @@ impl Redo {
             self.called.notify_one();
         }
         Ok(())
+    }
+
+    /// Writes a seal behind the last batch: see [`batch::Head::is_seal`]. It is not flushed, and it counts as no batch: the next one takes its
+    /// place. A full log has no room for one.
+    pub(crate) fn seal(&self) -> Result<(), RvmError> {
+        let ring = self.ring()?;
+        let ends = lock(&self.ends);
+        if ends.end + SECTOR - ends.status.head > ring.length {
+            return Ok(());
+        }
+        let place = Place { key: ends.status.key, generation: ends.status.generation, position: ends.end };
+        let (at, _) = ring.pieces(place.position, SECTOR as usize);
+        Ok(self.log.write_at(&batch::encode(place, &Ranges::default()), at)?)
     }
 
     /// Truncates what is durable in the log now.

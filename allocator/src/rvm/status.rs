@@ -149,6 +149,15 @@ impl Status {
         Ok(())
     }
 
+    /// Lays the first copy over the bytes of a log that is being made.
+    pub(crate) fn put(&mut self, log: &mut [u8]) {
+        self.sequence += 1;
+        let at = self.sequence as usize % 2 * COPY_LEN;
+        if let Some(copy) = log.get_mut(at..).and_then(|rest| rest.get_mut(..USED)) {
+            copy.copy_from_slice(&self.encode());
+        }
+    }
+
     /// Overwrites the older copy, and returns once that is durable.
     pub(crate) fn store(&mut self, log: &Region) -> Result<(), RegionError> {
         self.sequence += 1;

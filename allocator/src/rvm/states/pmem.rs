@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use vfs::crash::CrashVfs;
 use vfs::{OpenMode, Vfs};
 
-use super::{Copied, Engine, Mapper, Progress, Region, RegionError, Working};
+use super::{Engine, Mapper, Progress};
+use crate::region::{Region, RegionError};
+use crate::rvm::memory::{Copied, Working};
 
 const LINE: usize = 64;
 
