@@ -5,7 +5,7 @@
 //! lies on a [`MediumKind`], which says what it survives and what a flush costs.
 //!
 //! ```text
-//!             Pool ── catalog (names → regions; changed under a lock, by one rename)
+//!             Pool ── catalog (names → regions; recoverable memory; changed under a lock, by one transaction)
 //!              │
 //!   allocate, resize, rename, free, list, check
 //!              │

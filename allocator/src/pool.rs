@@ -11,7 +11,7 @@ use crate::catalog::{Catalog, CatalogError, RegionInfo, Settings};
 use crate::lease::{Holder, Lease, LeaseError};
 use crate::medium::{MediumError, MediumKind};
 use crate::name::{NameError, RegionName};
-use crate::region::{Kind, RegionError};
+use crate::region::{Kind, Region, RegionError};
 use crate::size::Size;
 
 mod change;
@@ -315,6 +315,15 @@ impl Pool {
     pub fn lease(&self, name: &RegionName) -> Result<Lease, LeaseError> {
         let catalog = self.read(Clone::clone);
         Lease::take(&*self.vfs, &self.dir, &catalog, name)
+    }
+
+    /// The log of recoverable memory that may hold changes of a region which are not in it yet (from [`crate::rvm::Rvm::map`] to
+    /// [`crate::rvm::Rvm::unmap`]): nobody else is to change it. A log that was freed holds nothing.
+    #[must_use]
+    pub fn log_of(&self, region: &Region) -> Option<RegionName> {
+        let (Ok(id) | Err(id)) = region.bound_to();
+        let id = id?;
+        self.read(|catalog| Some(catalog.regions.iter().find(|log| log.id == id)?.name.clone()))
     }
 
     /// Who holds a region now; `None` if nobody.

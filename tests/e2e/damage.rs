@@ -284,7 +284,9 @@ fn a_catalog_that_is_damaged_or_cut_short_is_left_alone() {
     let vm = frozen("file");
     let catalog = vm.perdure.pool().join("catalog");
     let sound = fs::read(&catalog).unwrap();
-    for at in [0, 8, 16, 24, 28, 40, sound.len() - 1] {
+    // Its frame, the first change in its log (header, body), the settings of a medium.
+    let (log, memory) = (4096, 4096 + (64 << 10));
+    for at in [0, 8, 16, 24, 28, 40, log + 8192 + 8, log + 8192 + 60, memory + 600] {
         edit(&catalog, |bytes| bytes[at] ^= 1);
         no_pool(&vm, &["catalog", "damaged", "nothing was altered"]);
         fs::write(&catalog, &sound).unwrap();
@@ -305,6 +307,6 @@ fn a_catalog_that_is_damaged_or_cut_short_is_left_alone() {
 fn a_pool_of_a_newer_version_is_left_alone() {
     let vm = frozen("file");
     let catalog = vm.perdure.pool().join("catalog");
-    edit(&catalog, |bytes| *bytes = frame::encode(CATALOG, 2, frame::decode(bytes, CATALOG, 1, MOST).unwrap().body));
-    no_pool(&vm, &["newer perdure", "version 2", "nothing was altered"]);
+    edit(&catalog, |bytes| *bytes = frame::encode(CATALOG, 3, frame::decode(bytes, CATALOG, 2, MOST).unwrap().body));
+    no_pool(&vm, &["newer perdure", "version 3", "nothing was altered"]);
 }

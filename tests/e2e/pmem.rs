@@ -4,11 +4,15 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use allocator::Pool;
+use allocator::rvm::{LogSpec, Options, Rvm};
 use serde_json::{Value, json};
 
 use crate::vm::{COUNTER, MEDIA, Vm};
 use tests::perdure::Perdure;
+use vfs::HostVfs;
 
 const SIZE: u64 = 2 << 20;
 
@@ -152,4 +156,28 @@ fn persistent_memory_that_cannot_be_is_refused_and_leaves_nothing() {
         assert!(refused.contains(words), "{pmem}: {refused}");
         assert_eq!(perdure.run(&["list", "--json"]).json().as_array().map_or(0, Vec::len), 0, "{pmem}");
     }
+}
+
+#[test]
+fn persistent_memory_that_belongs_to_a_log_is_refused_until_it_is_given_back() {
+    let vm = Vm::new("web");
+    vm.start(&[&COUNTER[..], &["--pmem", "log:2M"]].concat());
+    vm.command("stop").expect_code(0);
+    let open = || Arc::new(Pool::open(vm.perdure.pool(), Arc::new(HostVfs)).expect("a pool"));
+    let (bank, region) = ("bank/log".parse().expect("a name"), "web/log".parse().expect("a name"));
+    Rvm::create_log(&open(), &bank, LogSpec { size: 2 << 20, ..LogSpec::default() }).expect("room for a log");
+    let used = Rvm::initialize(open(), &bank, Options::default()).expect("a new log");
+    used.map(&region).expect("a region that nobody has");
+    drop(used);
+    let refused = vm.perdure.run(&["run", "web", "--detach"]).expect_code(1).stderr;
+    assert!(refused.contains("web/log belongs to the log bank/log of recoverable memory"), "{refused}");
+    // A log itself is none either.
+    let refused = vm.perdure.run(&["run", "bank", "--detach", "--pmem", "log:2M"]).expect_code(1).stderr;
+    assert!(refused.contains("kind log"), "{refused}");
+    let used = Rvm::initialize(open(), &bank, Options::default()).expect("a log");
+    let memory = used.map(&region).expect("it belongs to this log");
+    used.unmap(memory).expect("nobody else has a part");
+    drop(used);
+    vm.perdure.run(&["run", "web", "--detach"]).expect_code(0);
+    vm.command("stop").expect_code(0);
 }

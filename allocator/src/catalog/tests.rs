@@ -111,6 +111,136 @@ fn many_changes_go_round_the_log_and_more_regions_than_entries_make_a_larger_fil
     assert_eq!(Catalog::load(&vfs, pool).unwrap(), freed);
 }
 
+/// Cuts `change` of what lies on `ground` at every step: the catalog is then as before or as after, all that is durable stays, and the next
+/// change works, whatever was left; a cut of that one, too.
+fn cut_everywhere(ground: &CrashVfs, change_it: fn(&mut Catalog), what: &str) -> u64 {
+    let pool = Path::new("/pool");
+    let before = Catalog::load(&ground.after_kill(), pool).unwrap();
+    // Another one only where a process was killed.
+    let durable = Catalog::load(&ground.after_cut(0), pool).unwrap();
+    let mut after = before.clone();
+    change_it(&mut after);
+    for step in 1.. {
+        let vfs = ground.after_kill();
+        vfs.cut_at(step);
+        let outcome = Edit::open(&vfs, pool).and_then(|(mut edit, mut catalog)| {
+            change_it(&mut catalog);
+            edit.commit(&catalog)
+        });
+        assert_eq!(outcome.is_ok(), !vfs.is_cut(), "{what}: {outcome:?}");
+        for seed in 0..16 {
+            let left = if seed == 0 { vfs.after_kill() } else { vfs.after_cut(seed) };
+            let what = format!("{what}, cut at {step}, disk {seed}: {:?}", vfs.trace().last());
+            let found = Catalog::load(&left, pool).unwrap_or_else(|error| panic!("{what}: {error:?}"));
+            let is_earlier = |found: &Catalog| *found == before || *found == durable;
+            assert!(found == after || (outcome.is_err() && is_earlier(&found)), "{what}");
+            // The next change recovers, and the power goes at one of its steps.
+            let again = left.after_kill();
+            again.cut_at(seed + 1);
+            drop(Edit::open(&again, pool).and_then(|(mut edit, mut catalog)| {
+                catalog.next_id += 1;
+                edit.commit(&catalog)
+            }));
+            let mut next = found.clone();
+            next.next_id += 1;
+            let last = Catalog::load(&again.after_cut(seed + 7), pool);
+            let last = last.unwrap_or_else(|error| panic!("{what}, then at {}: {error:?}", seed + 1));
+            // Killed, the first may have left what was never durable.
+            assert!(last == found || last == next || (seed == 0 && is_earlier(&last)), "{what}, then at {}", seed + 1);
+            let healed = change(&left, |catalog| catalog.next_id += 1);
+            assert_eq!(Catalog::load_durable(&left.after_cut(seed), pool).unwrap().0, healed, "{what}");
+        }
+        if outcome.is_ok() {
+            return step;
+        }
+    }
+    unreachable!("it ends")
+}
+
+#[test]
+fn a_cut_at_any_step_of_any_kind_of_change_leaves_the_catalog_before_or_after_it() {
+    let more = |catalog: &mut Catalog| {
+        let id = catalog.next_id;
+        catalog.regions.push(region(id, &format!("vm{id}")));
+        catalog.next_id += 1;
+    };
+    let sealed = pool_with(&catalog());
+    let small = cut_everywhere(&sealed, more, "one region");
+    let all_of_them = |catalog: &mut Catalog| {
+        for region in &mut catalog.regions {
+            region.name = format!("all/{}", region.name).parse().unwrap();
+        }
+    };
+    // Half of the log is in use, and is brought to the memory first.
+    let crowded = pool_with(&catalog());
+    let mut changes = 0;
+    while small >= steps_of(&crowded, more) {
+        change(&crowded, more);
+        changes += 1;
+    }
+    assert!((10..60).contains(&changes), "{changes}");
+    let truncated = cut_everywhere(&crowded, more, "a truncation first");
+    assert!(truncated > small, "{truncated}");
+    // More than the log has room for.
+    (0..40).for_each(|_| drop(change(&sealed, more)));
+    cut_everywhere(&sealed, all_of_them, "more than the log takes");
+    // No entry is free.
+    (0..55).for_each(|_| drop(change(&sealed, more)));
+    cut_everywhere(&sealed, more, "no free entry");
+    // What a process that was killed has left, and what a cut has.
+    let killed = sealed.after_kill();
+    killed.cut_at(3);
+    drop(Edit::open(&killed, Path::new("/pool")).and_then(|(mut edit, mut catalog)| {
+        more(&mut catalog);
+        edit.commit(&catalog)
+    }));
+    cut_everywhere(&killed.after_kill(), more, "after a kill");
+    cut_everywhere(&killed.after_cut(3), more, "after a cut");
+}
+
+/// How many steps a change takes.
+fn steps_of(ground: &CrashVfs, change_it: fn(&mut Catalog)) -> u64 {
+    let vfs = ground.after_kill();
+    change(&vfs, change_it);
+    vfs.ops() + 1
+}
+
+#[test]
+fn who_reads_while_others_change_sees_whole_changes() {
+    let directory = tempfile::tempdir().unwrap();
+    let (pool, host) = (directory.path(), vfs::HostVfs);
+    let mut first = catalog();
+    first.regions = (1..=9).map(|id| region(id, &format!("vm{id}/odd"))).collect();
+    first.next_id = 10;
+    Edit::new(&host, pool).commit(&first).unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let order = std::sync::atomic::Ordering::Relaxed;
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut looks = 0;
+                while !done.load(order) {
+                    let seen = Catalog::load(&host, pool).unwrap();
+                    let odd = seen.regions.iter().filter(|region| region.name.as_str().ends_with("/odd")).count();
+                    assert!([0, seen.regions.len()].contains(&odd), "half of a change");
+                    looks += 1;
+                }
+                assert!(looks > 10, "{looks}");
+            });
+        }
+        for number in 0..60 {
+            let _lock = CatalogLock::take(&host, pool).unwrap();
+            let (mut edit, mut catalog) = Edit::open(&host, pool).unwrap();
+            for region in &mut catalog.regions {
+                let part = if number % 2 == 0 { "even" } else { "odd" };
+                region.name = format!("vm{}/{part}", region.id).parse().unwrap();
+            }
+            edit.commit(&catalog).unwrap();
+        }
+        done.store(true, order);
+    });
+}
+
 #[test]
 fn a_catalog_of_version_1_is_replaced_by_the_first_change_and_only_then() {
     let (vfs, pool) = (CrashVfs::new(), Path::new("/pool"));

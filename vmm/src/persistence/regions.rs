@@ -561,5 +561,12 @@ pub(super) fn lease(pool: &Pool, vm: &str, name: &RegionName) -> Result<Region, 
         LeaseError::NoSuchRegion { .. } => RegionsError::NoSuchVm(vm.to_owned()),
         other => RegionsError::Lease(other),
     })?;
-    Ok(Region::open(lease)?)
+    if lease.info().kind == Kind::Log {
+        return Err(RegionsError::Log(name.clone()));
+    }
+    let region = Region::open(lease)?;
+    match pool.log_of(&region) {
+        Some(log) => Err(RegionsError::Bound { name: name.clone(), log }),
+        None => Ok(region),
+    }
 }

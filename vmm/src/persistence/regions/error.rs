@@ -1,7 +1,7 @@
 //! What can go wrong with a VM's regions, in words.
 
 use allocator::paging::PagingError;
-use allocator::{LeaseError, NameError, PoolError, RegionError};
+use allocator::{LeaseError, NameError, PoolError, RegionError, RegionName};
 
 use super::super::context::ContextError;
 use super::super::disks::DiskError;
@@ -46,6 +46,20 @@ pub enum RegionsError {
         holder: String,
         /// The process, where it is known.
         pid: Option<u32>,
+    },
+    /// A log of recoverable memory is in the place of one of its regions.
+    #[error("region {0} is a log of recoverable memory and not a VM's: free it, or give the VM another name")]
+    Log(RegionName),
+    /// A log may have changes of a region that are not in it yet.
+    #[error(
+        "region {name} belongs to the log {log} of recoverable memory, which may hold changes of it: unmap it there before a VM has it, or \
+         free the log, and with it those changes"
+    )]
+    Bound {
+        /// The region.
+        name: RegionName,
+        /// The log.
+        log: RegionName,
     },
     /// The pool.
     #[error(transparent)]
