@@ -14,7 +14,7 @@ use crate::region::RegionError;
 use crate::rvm::{Commit, Mode, NewLog, Resumed, RvmError};
 
 /// The fewest entries that a file has.
-const LEAST_ENTRIES: usize = 96;
+const LEAST_ENTRIES: usize = 32;
 
 /// A catalog that is changed. Whoever has it holds the pool's lock.
 pub(crate) struct Edit<'a> {
@@ -62,7 +62,9 @@ impl<'a> Edit<'a> {
             // The file may be a new one whose name is not durable.
             vfs.sync_dir(pool).map_err(recover)?;
         }
-        log.rvm.seal().map_err(failed)?;
+        if !log.is_sealed {
+            log.rvm.seal().map_err(failed)?;
+        }
         Ok((Self { vfs, pool, memory: Some(InMemory { parts, log, entries }) }, catalog))
     }
 

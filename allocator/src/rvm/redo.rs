@@ -163,10 +163,11 @@ pub(crate) fn scan(log: &Region, status: &Status) -> Result<Found, RvmError> {
         end = next;
         batches += 1;
     }
-    if ring.goes_on(place(end), end, until)? {
+    let sealed = ring.is_sealed(place(end), until)?;
+    // A later batch would lie in the place of the seal.
+    if !sealed && ring.goes_on(place(end), end, until)? {
         return Err(damaged(log, format!("the batch at {end} is damaged, and it was durable once")));
     }
-    let sealed = ring.is_sealed(place(end), until)?;
     Ok(Found { ranges, end, batches, sealed, crowded: end - status.head > ring.length / 2 })
 }
 

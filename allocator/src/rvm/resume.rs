@@ -27,6 +27,8 @@ pub(crate) struct Resumed {
     pub(crate) memory: Memory,
     /// What is in memory was durable before.
     pub(crate) was_sealed: bool,
+    /// It is, and there is a seal that says so.
+    pub(crate) is_sealed: bool,
 }
 
 impl Rvm {
@@ -44,8 +46,8 @@ impl Rvm {
         let log = Arc::new(segments.open(log)?);
         let mut status = Status::load(&log)?;
         let mut found = redo::scan(&log, &status)?;
-        let was_sealed = found.sealed;
-        if !found.sealed || found.crowded {
+        let (was_sealed, is_sealed) = (found.sealed, found.sealed && !found.crowded);
+        if !is_sealed {
             recover(&*segments, &log, &mut status)?;
             found.ranges = Ranges::default();
             found.end = status.head;
@@ -54,7 +56,7 @@ impl Rvm {
         let mut memory = rvm.map(region)?;
         let (id, length) = (memory.mapped.region.id(), memory.len());
         overlay(&log, &found.ranges, id, memory.bytes_mut(0..length))?;
-        Ok(Resumed { rvm, memory, was_sealed })
+        Ok(Resumed { rvm, memory, was_sealed, is_sealed })
     }
 
     /// Says that all that was committed so far is durable, for [`Rvm::resume`]. To be called when it is.
