@@ -14,6 +14,20 @@ pub(crate) fn seed_fault(name: Option<&'static str>) {
     SEEDED.set(name);
 }
 
+/// From now on no panic of a thread that makes a mistake is reported: it is a find, and no news. Those of other tests, which run beside it, are.
+#[cfg(all(test, feature = "seeded-faults"))]
+pub(crate) fn hush_seeded_panics() {
+    static HUSHED: std::sync::Once = std::sync::Once::new();
+    HUSHED.call_once(|| {
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if SEEDED.get().is_none() {
+                report(panic);
+            }
+        }));
+    });
+}
+
 /// Whether the mistake of that name is to be made here.
 #[cfg(feature = "seeded-faults")]
 pub(crate) fn seeded(name: &str) -> bool {

@@ -286,7 +286,7 @@ fn whatever_a_cut_leaves_of_the_undo_engine_is_what_was_committed() {
 #[cfg(feature = "seeded-faults")]
 mod faults {
     use super::*;
-    use crate::rvm::fault::seed_fault;
+    use crate::rvm::fault::{hush_seeded_panics, seed_fault};
 
     const REDO: [&str; 9] = [
         "a commit is not flushed",
@@ -320,11 +320,10 @@ mod faults {
     }
 
     fn each_is_caught(engine: Engine, faults: &[&'static str]) {
-        std::panic::set_hook(Box::new(|_| ()));
+        hush_seeded_panics();
         let caught = faults.iter().map(|fault| (*fault, sought(engine, Some(fault))));
         let caught: Vec<_> = caught.inspect(|(fault, how)| println!("{fault}: {how:?}")).collect();
         let survivors: Vec<_> = caught.iter().filter(|(_, how)| how.is_none()).map(|(fault, _)| *fault).collect();
-        drop(std::panic::take_hook());
         assert_eq!(survivors, [""; 0]);
     }
 
