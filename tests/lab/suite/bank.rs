@@ -6,7 +6,7 @@ use tests::lab::cpio::File;
 use tests::lab::disk::{Cache, Disk, make_ext4};
 use tests::lab::machine::{L1, Options, in_emulation};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 /// Transfers that are durable before each cut, at least.
 const TRANSFERS: u64 = 40;
 /// A log on a disk, and one in persistent memory.

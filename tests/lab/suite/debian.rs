@@ -11,7 +11,7 @@ use tests::lab::{guest, image};
 
 use crate::peer::Peer;
 
-pub(crate) const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_secs(180);
 /// For Debian to boot, in KVM in TCG, and to commit some; for a busy machine, too.
 pub(crate) const WORK: Duration = Duration::from_secs(600);
 pub(crate) const PERDURE: &str = "export PERDURE_POOL=/pool/pool PERDURE_LOG=info; perdure";

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tests::lab::guest;
 use tests::lab::machine::{L1, Options, in_emulation};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 const GUEST_BOOT: Duration = Duration::from_secs(180);
 const SERIAL: &str = "/tmp/serial";
 

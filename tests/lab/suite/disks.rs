@@ -12,7 +12,7 @@ use tests::lab::machine::{L1, Options, in_emulation};
 use crate::outages::assert_frozen;
 use crate::paging::paged;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 /// For the guest's Linux to boot and to do some rounds, in KVM in TCG.
 pub(crate) const WORK: Duration = Duration::from_secs(300);
 /// Of this life of L1 alone.
@@ -52,7 +52,7 @@ pub(crate) fn last(output: &str, word: &str) -> Option<u64> {
 /// Less than stock Linux and its initial file system take of its memory: what its disks read and write is paged meanwhile.
 const RAM: &str = "80M";
 /// Rounds until the guest is done.
-const ROUNDS: u64 = 20;
+const ROUNDS: u64 = 12;
 
 /// Each round writes a slot of the raw disk past the guest's cache, without a flush: it is in L1's page cache alone. And it writes a file and
 /// syncs it. Then it reads another slot, and another file, from their disks. A slot that is not what was last written to it ends it all.

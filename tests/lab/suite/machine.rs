@@ -5,7 +5,7 @@ use tests::lab::cpio::File;
 use tests::lab::disk::{Cache, Disk, make_ext4};
 use tests::lab::machine::{L1, Options, in_emulation};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 
 #[test]
 fn l1_runs_commands_and_carries_files_of_any_bytes() {

@@ -8,7 +8,7 @@ use tests::lab::machine::{L1, Options, in_emulation};
 
 use crate::outages::assert_frozen;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 const GUEST_BOOT: Duration = Duration::from_secs(300);
 /// How long the VM is gone. A peer retransmits some times in it.
 const OUTAGE: Duration = Duration::from_secs(3);

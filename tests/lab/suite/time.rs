@@ -11,7 +11,7 @@ use tests::lab::machine::{L1, Options, in_emulation};
 
 use crate::kernel_log;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 const GUEST_BOOT: Duration = Duration::from_secs(600);
 const PERDURE: &str = "export PERDURE_POOL=/pool/pool PERDURE_LOG=info; perdure";
 const SERIAL: &str = "/tmp/serial";
