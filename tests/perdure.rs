@@ -257,6 +257,16 @@ impl Running {
             .unwrap_or_else(|error| panic!("typing into perdure: {error}"));
     }
 
+    /// Whether it has read all that was typed.
+    ///
+    /// # Panics
+    ///
+    /// When its stdin is closed.
+    pub fn has_taken_its_input(&self) -> bool {
+        let stdin = self.stdin.as_ref().expect("stdin is open");
+        rustix::io::ioctl_fionread(stdin).expect("a pipe tells how much is in it") == 0
+    }
+
     /// Ends its input.
     pub fn close_stdin(&mut self) {
         self.stdin = None;
@@ -265,6 +275,24 @@ impl Running {
     /// What it wrote to stdout so far.
     pub fn stdout(&self) -> String {
         self.stdout.text()
+    }
+
+    /// What it wrote to stdout, once nothing is added for a while: of a guest that does not run.
+    ///
+    /// # Panics
+    ///
+    /// When it does not come to an end.
+    #[track_caller]
+    pub fn settled_stdout(&self) -> String {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let before = self.stdout();
+            std::thread::sleep(Duration::from_millis(200));
+            if self.stdout() == before {
+                return before;
+            }
+            assert!(Instant::now() < deadline, "perdure {}: its output does not end: {before}", self.arguments);
+        }
     }
 
     /// What it wrote to stderr so far.

@@ -71,7 +71,8 @@ fn what_is_typed_at_a_console_survives_an_outage() {
     console.wait_for("ready\n", SOON);
     console.type_in(b"one\nhalf ");
     console.wait_for("one\n", SOON);
-    std::thread::sleep(Duration::from_millis(200));
+    // The rest of that line came with it.
+    eventually("the input taken", || console.has_taken_its_input());
     perdure.run(&["powerfail", "echo"]).expect_code(0);
     let first = console.wait(SOON).expect_code(0).stdout;
     perdure.run(&["resume", "echo", "--detach"]).expect_code(0);

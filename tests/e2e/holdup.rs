@@ -90,9 +90,9 @@ fn hold_ups_of_random_length_leave_what_was_durable_and_nothing_else() {
     assert!(frozen + cut == 20, "{frozen} frozen, {cut} cut off");
 }
 
-/// A VM that is frozen, with a hold-up of 10 s going on, and the `powerfail` that waits for its end.
+/// A VM that is frozen, with a hold-up of 100 s going on, and the `powerfail` that waits for its end.
 fn in_the_hold_up(vm: &Vm) -> Running {
-    let powerfail = vm.perdure.spawn(&["powerfail", "web", "--holdup", "10s"]);
+    let powerfail = vm.perdure.spawn(&["powerfail", "web", "--holdup", "100s"]);
     vm.wait_for_state("frozen");
     assert!(vm.record()["pid"].is_u64(), "its process is there still: {}", vm.record());
     powerfail
@@ -111,7 +111,7 @@ fn power_that_comes_back_within_the_hold_up_lets_the_vm_run_on() {
         assert!(again.stderr.contains("frozen"), "{}", again.stderr);
         vm.command("powerback").expect_code(0);
         powerfail.wait(SOON).expect_code(0);
-        assert!(begun.elapsed() < Duration::from_secs(8), "nobody waits for the end of the hold-up");
+        assert!(begun.elapsed() < Duration::from_secs(100), "nobody waits for the end of the hold-up");
         vm.wait_for_more();
         assert_eq!((vm.state().as_str(), vm.pid()), ("running", pid), "{medium}");
         vm.verify();

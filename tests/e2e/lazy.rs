@@ -2,7 +2,6 @@
 //! touches with what it wrote there last, or `counter`, whose chain of hashes no altered byte survives.
 
 use std::fs;
-use std::time::{Duration, Instant};
 
 use guests::{chain, walk};
 use serde_json::Value;
@@ -271,9 +270,7 @@ fn what_was_touched_first_is_remembered_and_rubbish_in_its_place_does_no_harm() 
     freeze(&perdure, running);
     let remembered = fs::read(&record_file).expect("a record");
     assert!(remembered.len() > 100, "{}", remembered.len());
-    let deadline = Instant::now() + Duration::from_secs(30);
     for rubbish in [vec![], vec![0xFF; 4 << 20], remembered[..60].to_vec(), remembered] {
-        assert!(Instant::now() < deadline);
         fs::write(&record_file, rubbish).expect("write");
         let running = perdure.spawn(&["resume", "web", "--generation", "1", "--discard", "--lazy"]);
         eventually("all of its memory", || touches(&perdure) > 20_000 && restored(&perdure) == 100);

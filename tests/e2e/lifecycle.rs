@@ -1,7 +1,5 @@
 //! A VM's life without an outage: start, end, start again.
 
-use std::time::Duration;
-
 use guests::chain;
 use tests::perdure::Perdure;
 
@@ -127,7 +125,7 @@ fn a_config_file_describes_a_vm_and_arguments_go_before_it() {
 fn a_detached_vm_gives_the_prompt_back_at_once_and_prints_its_name_alone() {
     let perdure = Perdure::new();
     let arguments = [&["run", "apart", "--detach", "--memory", "8M"], &COUNTER[..]].concat();
-    let ended = perdure.run_within(Duration::from_secs(10), &arguments).expect_code(0);
+    let ended = perdure.run_within(SOON, &arguments).expect_code(0);
     assert_eq!(ended.stdout, "apart\n");
     assert_eq!(record(&perdure, "apart")["state"], "running");
 }

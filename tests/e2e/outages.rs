@@ -94,9 +94,8 @@ fn a_guest_that_rests_without_a_timer_freezes_at_once() {
         let vm = Vm::new("rest");
         vm.start(&["--guest", "boot", "--medium", medium]);
         vm.wait_until("its line", |output| output == "boot\n");
-        let begun = Instant::now();
+        // A vCPU that is not woken from its rest keeps the freeze waiting for ever: a command has a limit.
         vm.freeze();
-        assert!(begun.elapsed() < Duration::from_secs(2), "{medium}: {:?}", begun.elapsed());
         vm.resume();
         vm.freeze();
         assert_eq!(vm.output(), "boot\n", "{medium}");
@@ -112,11 +111,15 @@ fn nobody_reads_and_the_freeze_does_not_wait_and_no_byte_is_lost() {
     let mut pipe = child.stdout.take().expect("stdout is a pipe");
     // A page: it is full within a few hundred ticks.
     rustix::pipe::fcntl_setpipe_size(&pipe, 4096).expect("a small pipe");
-    std::thread::sleep(Duration::from_millis(800));
-    let begun = Instant::now();
+    // A write that does not fit any more waits: the pipe is full when nothing is added for a while.
+    let waiting = || rustix::io::ioctl_fionread(&pipe).expect("a pipe tells how much is in it");
+    crate::vm::eventually("a full pipe", || {
+        let before = waiting();
+        std::thread::sleep(Duration::from_millis(300));
+        before > 0 && waiting() == before
+    });
     tests::perdure::signal(i32::try_from(child.id()).unwrap(), Signal::POWER);
     assert_eq!(end_of(&mut child).code(), Some(3));
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     let mut first = String::new();
     pipe.read_to_string(&mut first).expect("plain text");
     assert!(first.len() <= 4096, "the pipe was full");
@@ -129,7 +132,7 @@ fn nobody_reads_and_the_freeze_does_not_wait_and_no_byte_is_lost() {
 
 /// Waits for a process's end; kills it if that does not come.
 fn end_of(child: &mut Child) -> ExitStatus {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + SOON;
     loop {
         match child.try_wait().expect("it is our child") {
             Some(status) => return status,

@@ -123,8 +123,12 @@ fn a_full_swap_region_makes_the_guest_wait_and_a_larger_one_lets_it_go_on() {
     let small = ["--memory", "16M", "--ram", "2M", "--swap", "3M"];
     start(&vm, &CHAIN, &small);
     eventually("a full swap region", || paged(&vm.perdure, "web")["swap_full"] == true);
-    // What it had begun ends.
-    std::thread::sleep(Duration::from_millis(300));
+    // What it had begun ends; then its guest waits.
+    eventually("standstill", || {
+        let before = vm.output().len();
+        std::thread::sleep(Duration::from_millis(300));
+        vm.output().len() == before
+    });
     let stood = vm.output().len();
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(vm.output().len(), stood, "its guest waits");

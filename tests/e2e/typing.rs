@@ -27,7 +27,7 @@ fn input_before_and_after_an_outage_is_answered_once() {
         running.wait_for("before the outage\n", SOON);
         running.type_in(b"half a line, ");
         // What is in the pipe still when the process ends was never typed as far as it is concerned.
-        std::thread::sleep(Duration::from_millis(200));
+        crate::vm::eventually("the input taken", || running.has_taken_its_input());
         running.signal(Signal::POWER);
         let first = running.wait(SOON).expect_code(3).stdout;
         let mut running = perdure.spawn(&["resume", "echo"]);

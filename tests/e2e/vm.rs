@@ -13,7 +13,7 @@ use tests::perdure::{Ended, Perdure};
 pub(crate) const MEDIA: [&str; 2] = ["file", "nvdimm"];
 
 /// How long anything may take that takes milliseconds. Far more than that, for machines under load.
-pub(crate) const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 /// A `counter` that ticks until it is stopped, over few bytes so that a tick is cheap where CPL0 is emulated.
 pub(crate) const COUNTER: [&str; 4] = ["--guest", "counter", "--cmdline", "hz=500 ram=8K"];

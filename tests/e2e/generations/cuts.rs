@@ -1,6 +1,6 @@
-//! Commands killed at any moment. The seeds are in the tests: the moments are the same each time, what they hit is not.
+//! Commands killed at any moment of the time that they take here and now. The seeds are in the tests; what the moments hit is never the same.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tests::perdure::{LIMIT, Perdure, Signal};
 
@@ -10,12 +10,12 @@ use super::{RUN, Web, path};
 struct Moments(u64);
 
 impl Moments {
-    /// Up to `most` microseconds.
-    fn next(&mut self, most: u64) -> Duration {
+    /// Up to `most`.
+    fn next(&mut self, most: Duration) -> Duration {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        Duration::from_micros(self.0 % most)
+        Duration::from_nanos(self.0 % u64::try_from(most.as_nanos()).expect("a short time"))
     }
 }
 
@@ -27,8 +27,12 @@ fn a_rollback_killed_at_any_moment_leaves_a_vm_that_goes_on() {
     web.live(&RUN);
     web.take();
     let mut moments = Moments(0x9E37_79B9_7F4A_7C15);
+    // With its first ticks, and a freeze.
+    let begun = Instant::now();
+    web.live(&["resume", "web", "--generation", "1"]);
+    let whole = begun.elapsed();
     for round in 0..40 {
-        let moment = moments.next(120_000);
+        let moment = moments.next(whole);
         let choice = ["1", "2"][usize::from(round % 3 == 2 && web.ids().len() > 1)];
         let discard = round % 4 == 3;
         let mut arguments = vec!["resume", "web", "--generation", choice];
@@ -55,10 +59,17 @@ fn a_birth_killed_at_any_moment_leaves_a_vm_that_goes_on_or_nothing_in_the_way()
     web.perdure.run(&["export", "web", path(&file)]).expect_code(0);
     let mut moments = Moments(0xD1B5_4A32_D192_ED03);
     let (mut whole, mut gone) = (0, 0);
+    let births = [["fork", "web@1", "young"], ["import", path(&file), "young"]];
+    let took = births.map(|birth| {
+        let took = web.perdure.run(&birth).expect_code(0).took;
+        web.perdure.run(&["remove", "young", "--force"]).expect_code(0);
+        took
+    });
     for round in 0..30 {
-        let birth = [["fork", "web@1", "young"], ["import", path(&file), "young"]][round % 2];
+        let birth = births[round % 2];
         let being_born = web.perdure.spawn(&birth);
-        std::thread::sleep(moments.next(70_000));
+        // Beyond its end in a third of them.
+        std::thread::sleep(moments.next(took[round % 2] * 3 / 2));
         being_born.signal(Signal::KILL);
         being_born.wait(LIMIT);
         let mut young = Web { perdure: Perdure::on(web.perdure.pool()), name: "young", lives: web.lives.clone() };
