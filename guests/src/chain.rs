@@ -20,7 +20,7 @@
 //! robin over the pages, then to the next line of each page; before its first turn a line counts as zeros.
 
 use crate::banner::{Banner, BannerError};
-use crate::transcript::{Difference, Transcript};
+use crate::transcript::{Difference, Extent, Transcript};
 
 const SEED: u64 = 0x0070_6572_6475_7265;
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -182,36 +182,55 @@ pub fn verify(output: &str) -> Result<ChainReport, ChainError> {
 /// # Errors
 /// As [`verify`].
 pub fn verify_segments(segments: &[&str]) -> Result<ChainReport, ChainError> {
-    let banner = Banner::parse("counter", segments.first().copied().unwrap_or_default())?;
-    let every = banner.number("every", MAX_TICKS)?;
-    let ticks = banner.number("ticks", MAX_TICKS)?;
-    let ram = banner.number("ram", MAX_RAM)?;
-    let value = banner.word("ram").to_owned();
-    let invalid = BannerError::Parameter { guest: "counter", key: "ram", value, limit: MAX_RAM };
-    let chain = Chain::new(ram).ok_or(invalid)?;
-    let header = format!(
-        "counter ticks={ticks} hz={} every={every} ram={ram} verify={}",
-        banner.number("hz", u64::MAX)?,
-        banner.number("verify", u64::MAX)?
-    );
-    let mut lines = Lines { header: Some(header), chain, every, ticks, done: false, printed: Vec::new() };
+    let mut lines = Lines::of(segments.first().copied().unwrap_or_default())?;
     let extent = Transcript::new(&mut lines).compare(segments).map_err(|difference| classify("tick", difference))?;
-    let (ticks, hash) = match extent.lines.checked_sub(2).and_then(|last| lines.printed.get(last)) {
-        Some(&(tick, hash)) => (tick, hash),
-        None => (0, SEED),
-    };
-    let crate::transcript::Extent { lines, partial, complete, rewound } = extent;
+    let (ticks, hash) = lines.at(&extent);
+    let Extent { lines, partial, complete, rewound } = extent;
     Ok(ChainReport { ticks, hash, lines, partial, complete, rewound })
 }
 
 /// The lines that the guest prints, in order.
-struct Lines {
+#[derive(Debug)]
+pub(crate) struct Lines {
     header: Option<String>,
     chain: Chain,
     every: u64,
     ticks: u64,
     done: bool,
     printed: Vec<(u64, u64)>, // tick and hash of each line behind the first
+}
+
+impl Lines {
+    /// Those of the guest whose first line `output` begins with.
+    pub(crate) fn of(output: &str) -> Result<Self, BannerError> {
+        let banner = Banner::parse("counter", output)?;
+        let every = banner.number("every", MAX_TICKS)?;
+        let ticks = banner.number("ticks", MAX_TICKS)?;
+        let ram = banner.number("ram", MAX_RAM)?;
+        let value = banner.word("ram").to_owned();
+        let invalid = BannerError::Parameter { guest: "counter", key: "ram", value, limit: MAX_RAM };
+        let chain = Chain::new(ram).ok_or(invalid)?;
+        let header = format!(
+            "counter ticks={ticks} hz={} every={every} ram={ram} verify={}",
+            banner.number("hz", u64::MAX)?,
+            banner.number("verify", u64::MAX)?
+        );
+        Ok(Self { header: Some(header), chain, every, ticks, done: false, printed: Vec::new() })
+    }
+
+    /// The last tick of an output that goes so far, and its hash.
+    fn at(&self, extent: &Extent) -> (u64, u64) {
+        extent.lines.checked_sub(2).and_then(|last| self.printed.get(last)).copied().unwrap_or((0, SEED))
+    }
+
+    /// What tells the last tick of an output that goes so far.
+    pub(crate) fn ticks_of(&self) -> impl Fn(&Extent) -> u64 + use<> {
+        let (every, ticks) = (self.every, self.ticks);
+        move |extent| match extent.complete {
+            true => ticks,
+            false => u64::try_from(extent.lines.saturating_sub(1)).unwrap_or(u64::MAX).saturating_mul(every),
+        }
+    }
 }
 
 impl Iterator for Lines {

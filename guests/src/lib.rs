@@ -24,6 +24,8 @@
 //! The images need no tool but rustc, and no CPU feature beyond x86-64 itself. At CPL0 they keep to instructions
 //! that KVM's emulator knows, because there are KVMs without VMX or SVM that run CPL0 in it.
 //!
+//! [`judge`] follows one of the first kind through many lives, piece by piece.
+//!
 //! [`ports`] tells what a VMM must provide: the entry protocols and the ports.
 
 mod banner;
@@ -31,6 +33,7 @@ pub mod chain;
 pub mod echo;
 mod guest;
 mod images;
+pub mod judge;
 pub mod pages;
 pub mod ports;
 pub mod probe;

@@ -27,17 +27,28 @@ pub(crate) struct Extent {
 }
 
 /// The lines due, made as far as they are needed.
+#[derive(Debug)]
 pub(crate) struct Transcript<I> {
     source: I,
     text: String,
     ends: Vec<usize>,
     finished: bool,
+    reached: Reached,
+}
+
+/// How far the segments compared so far go.
+#[derive(Debug, Clone, Copy, Default)]
+struct Reached {
+    segments: usize,
+    end: usize,
+    furthest: usize,
+    rewound: usize,
 }
 
 impl<I: Iterator<Item = String>> Transcript<I> {
     /// `source` gives the lines due, without their line feed.
     pub(crate) fn new(source: I) -> Self {
-        Self { source, text: String::new(), ends: Vec::new(), finished: false }
+        Self { source, text: String::new(), ends: Vec::new(), finished: false, reached: Reached::default() }
     }
 
     fn reach(&mut self, length: usize) {
@@ -56,22 +67,44 @@ impl<I: Iterator<Item = String>> Transcript<I> {
     /// Holds `segments` against what is due: the first from the start, each further one from a byte that the ones
     /// before it had reached.
     pub(crate) fn compare(&mut self, segments: &[&str]) -> Result<Extent, Difference> {
-        let (mut end, mut furthest, mut rewound) = (0_usize, 0_usize, 0_usize);
-        for (index, segment) in segments.iter().enumerate() {
-            let start = if index == 0 { 0 } else { self.locate(segment, end, furthest) };
-            rewound += usize::from(start < end);
-            self.compare_from(segment, start)?;
-            end = start + segment.len();
-            furthest = furthest.max(end);
-        }
+        segments.iter().try_for_each(|segment| self.follow(segment))?;
+        Ok(self.extent())
+    }
+
+    /// Holds the next segment against what is due.
+    pub(crate) fn follow(&mut self, segment: &str) -> Result<(), Difference> {
+        let Reached { segments, end, furthest, rewound } = self.reached;
+        let start = if segments == 0 { 0 } else { self.locate(segment, end, furthest) };
+        self.compare_from(segment, start)?;
+        let end = start + segment.len();
+        self.reached = Reached {
+            segments: segments + 1,
+            end,
+            furthest: furthest.max(end),
+            rewound: rewound + usize::from(start < self.reached.end),
+        };
+        Ok(())
+    }
+
+    /// Holds a segment that is still being printed against what is due: the next one is compared as if this had not been.
+    pub(crate) fn preview(&mut self, segment: &str) -> Result<Extent, Difference> {
+        let reached = self.reached;
+        let extent = self.follow(segment).map(|()| self.extent());
+        self.reached = reached;
+        extent
+    }
+
+    /// How far all segments together go.
+    pub(crate) fn extent(&mut self) -> Extent {
+        let furthest = self.reached.furthest;
         self.reach(furthest + 1);
         let lines = self.ends.partition_point(|&line_end| line_end <= furthest);
-        Ok(Extent {
+        Extent {
             lines,
             partial: furthest > 0 && self.ends.get(lines.wrapping_sub(1)) != Some(&furthest),
             complete: self.finished && furthest == self.text.len(),
-            rewound,
-        })
+            rewound: self.reached.rewound,
+        }
     }
 
     /// Where `segment` begins: right at `end` if it can, else the last place up to `furthest` where it fits, else

@@ -17,7 +17,7 @@
 
 use crate::banner::{Banner, BannerError};
 use crate::chain::{ChainError, classify, fold};
-use crate::transcript::Transcript;
+use crate::transcript::{Extent, Transcript};
 
 const SEED: u64 = 0x0070_6572_6475_7265;
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -57,7 +57,19 @@ pub fn verify(output: &str) -> Result<TurnsReport, ChainError> {
 /// # Errors
 /// As [`verify`].
 pub fn verify_segments(segments: &[&str]) -> Result<TurnsReport, ChainError> {
-    let output = segments.first().copied().unwrap_or_default();
+    let (cpus, due) = due(segments.first().copied().unwrap_or_default())?;
+    let extent = Transcript::new(due).compare(segments).map_err(|difference| classify("turn", difference))?;
+    let turns = turns_of(&extent);
+    Ok(TurnsReport { cpus, turns, partial: extent.partial, complete: extent.complete, rewound: extent.rewound })
+}
+
+/// Turns in an output that goes so far.
+pub(crate) fn turns_of(extent: &Extent) -> u64 {
+    u64::try_from(extent.lines).unwrap_or(u64::MAX).saturating_sub(2 + u64::from(extent.complete))
+}
+
+/// How many processors take turns in the guest whose first lines `output` begins with, and the lines that it prints.
+pub(crate) fn due(output: &str) -> Result<(u64, impl Iterator<Item = String> + use<>), BannerError> {
     let banner = Banner::parse("smp", output)?;
     let turns = banner.number("turns", MAX_TURNS)?;
     let header =
@@ -72,11 +84,7 @@ pub fn verify_segments(segments: &[&str]) -> Result<TurnsReport, ChainError> {
     })?;
     let total = (turns != 0).then(|| turns.div_ceil(cpus) * cpus);
     let round = Round { cpus, turn: 0, hash: SEED, private: vec![(SEED, None); usize::try_from(cpus).unwrap_or(0)] };
-    let due = [header, format!("cpus {cpus}")].into_iter().chain(round.lines(total));
-    let extent = Transcript::new(due).compare(segments).map_err(|difference| classify("turn", difference))?;
-    let lines = u64::try_from(extent.lines).unwrap_or(u64::MAX);
-    let turns = lines.saturating_sub(2 + u64::from(extent.complete));
-    Ok(TurnsReport { cpus, turns, partial: extent.partial, complete: extent.complete, rewound: extent.rewound })
+    Ok((cpus, [header, format!("cpus {cpus}")].into_iter().chain(round.lines(total))))
 }
 
 /// The processors between two turns.

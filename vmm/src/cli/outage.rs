@@ -1,6 +1,7 @@
 //! `perdure outage`
 
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -12,10 +13,10 @@ use super::output::say;
 use super::{Environment, output};
 use crate::bench::Conditions;
 use crate::machine::config::ByteSize;
+use crate::outage::campaign::Campaign;
 use crate::outage::plan::{Cut, HoldUpLength, Moment, OutagePlan, VmPlan};
-use crate::outage::report::{OutageReport, Summary, Verdict, VmOutage, WentOnFrom};
+use crate::outage::report::{OutageReport, Summary, Tally, Verdict, VmOutage, WentOnFrom};
 use crate::outage::scenario::Scenario;
-use crate::outage::simulation::Simulation;
 use crate::outage::{self, interrupt::Interrupt};
 
 /// Simulate power outages, and prove that nothing is lost.
@@ -62,8 +63,8 @@ struct RunArgs {
     /// Generations that stay at most, so that some are purged
     #[arg(long, value_name = "N")]
     max_snapshots: Option<u32>,
-    /// When the power-fail signal comes, counted from the guest's first output, as in 2s; or random (20 ms to 1 s)
-    #[arg(long, value_name = "TIME|random", default_value = "2s")]
+    /// When the power-fail signal comes, counted from the guest's first output, as in 2s; drawn from a span, as in 5ms..200ms; or random (20ms..1s)
+    #[arg(long, value_name = "TIME|FROM..TO|random", default_value = "2s")]
     at: Moment,
     /// From the signal to darkness, as in 16ms (ATX power supplies give 11 to 17 ms); none: as long as the freeze takes
     #[arg(long, value_name = "TIME|none", default_value = "16ms")]
@@ -79,7 +80,11 @@ struct RunArgs {
     /// How many outages, one after the other
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     repeat: u32,
-    /// Draws the same times, cuts and losses again [default: another one each time]
+    /// Machines side by side, each with the same VMs in a pool of its own; they share the outages. More than there are processors is sensible
+    /// for guests that sleep; freezes take longer then
+    #[arg(long, value_name = "N", default_value = "1", value_parser = jobs)]
+    jobs: NonZeroUsize,
+    /// Draws the same times, cuts and losses again, on as many machines [default: another one each time]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// VMs and outages from a JSON file, instead of all of the above
@@ -132,32 +137,69 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<Exit
     let interrupt = Interrupt::listen()?;
     let seed = args.seed.unwrap_or_else(new_seed);
     let scenario = args.scenario()?;
-    let simulation = match &args.name {
-        Some(name) => Simulation::of_copy(&environment.open_pool()?, name, interrupt)?,
-        None => Simulation::new(&environment.pool, &scenario.vms, interrupt)?,
+    let campaign = match &args.name {
+        Some(name) => Campaign::of_copies(&environment.open_pool()?, name, args.jobs, interrupt)?,
+        None => Campaign::new(&environment.pool, &scenario.vms, args.jobs, interrupt)?,
     };
     // Before it takes its time.
     let page = args.report.as_ref().map(std::fs::File::create).transpose().context("cannot write the page")?;
-    if !args.json {
+    let mut document = args.json.then(|| Document::begin(seed));
+    if document.is_none() {
         say!("seed {seed}");
     }
-    let mut tell = |outage: &OutageReport| {
-        if !args.json {
-            tell(outage);
+    let mut tally = Tally::default();
+    let mut hear = |report: OutageReport| -> anyhow::Result<()> {
+        match &mut document {
+            Some(document) => document.add(&report)?,
+            None => tell(&report),
         }
+        tally.add(report);
+        Ok(())
     };
     let count = scenario.repeat.saturating_mul(u32::try_from(scenario.outages.len()).unwrap_or(u32::MAX));
     let conditions = Conditions::now();
-    let report = simulation.run(&scenario.outages, count, seed, &mut tell)?;
+    campaign.run(&scenario.outages, count, seed, &mut hear)?;
     if let Some(mut file) = page {
-        file.write_all(outage::page::page(&report, &conditions).as_bytes()).context("cannot write the page")?;
+        file.write_all(outage::page::page(&tally, seed, &conditions).as_bytes()).context("cannot write the page")?;
     }
-    if args.json {
-        output::json(&report)?;
-    } else {
-        sum_up(&report.summary);
+    let summary = tally.summary();
+    match document {
+        Some(document) => document.end(&summary)?,
+        None => sum_up(&summary),
     }
-    Ok(if report.summary.violations == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if summary.violations == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A number of machines.
+fn jobs(text: &str) -> Result<NonZeroUsize, String> {
+    const MOST: usize = 256;
+    let jobs: NonZeroUsize = text.parse().map_err(|error: std::num::ParseIntError| error.to_string())?;
+    if jobs.get() <= MOST { Ok(jobs) } else { Err(format!("at most {MOST}")) }
+}
+
+/// The document of `--json`, which is written as the outages come: of many, nothing piles up.
+#[derive(Debug)]
+struct Document {
+    outages: usize,
+}
+
+impl Document {
+    fn begin(seed: u64) -> Self {
+        say!("{{\n\"seed\": {seed},\n\"outages\": [");
+        Self { outages: 0 }
+    }
+
+    fn add(&mut self, outage: &OutageReport) -> anyhow::Result<()> {
+        let comma = if self.outages > 0 { "," } else { "" };
+        self.outages += 1;
+        say!("{comma}{}", serde_json::to_string(outage)?);
+        Ok(())
+    }
+
+    fn end(self, summary: &Summary) -> anyhow::Result<()> {
+        say!("],\n\"summary\": {}\n}}", serde_json::to_string_pretty(summary)?);
+        Ok(())
+    }
 }
 
 /// One that nobody chose.

@@ -21,9 +21,9 @@ fn system(doing: &'static str) -> impl Fn(io::Error) -> OutageError {
 }
 
 impl Ground {
-    /// Makes it below `parent`, which is made if it is not there.
-    pub(super) fn create(parent: &Path) -> Result<Self, OutageError> {
-        let directory = parent.join(format!("outage-{}", std::process::id()));
+    /// Makes that of a machine, which has this number among those of this process, below `parent`, which is made if it is not there.
+    pub(super) fn create(parent: &Path, machine: usize) -> Result<Self, OutageError> {
+        let directory = parent.join(format!("outage-{}-{machine}", std::process::id()));
         std::fs::create_dir_all(directory.join("pool")).map_err(system("make the simulator's directory"))?;
         let ground = Self { directory, image: None };
         match tells_what_is_durable(&ground.directory.join("probe"))

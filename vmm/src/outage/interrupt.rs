@@ -29,6 +29,11 @@ impl Interrupt {
         Ok(Self(flag))
     }
 
+    /// All that look at it end.
+    pub(super) fn raise(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
     pub(super) fn check(&self) -> Result<(), OutageError> {
         if self.0.load(Ordering::SeqCst) { Err(OutageError::Interrupted) } else { Ok(()) }
     }

@@ -1,62 +1,58 @@
 //! What the guest says of itself after an outage.
 
-use guests::{chain, turns};
+use guests::judge::{Judge, Links};
 
-/// Everything that a guest printed, one text for each of its lives since it was booted.
-#[derive(Debug, Clone, Default)]
+/// Everything that a guest printed since it was booted, judged life by life.
+#[derive(Debug, Default)]
 pub(super) struct Transcript {
-    segments: Vec<String>,
-}
-
-/// A guest's own account of what it did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Links {
-    /// Links of its chain of hashes that are there, and right.
-    pub(super) reached: u64,
-    /// How often it went back to an earlier one.
-    pub(super) rewound: usize,
+    judge: Option<Judge>,
+    /// What was wrong with it: it stays wrong.
+    fault: Option<String>,
+    last_link: Option<u64>,
 }
 
 impl Transcript {
     /// It was booted anew.
     pub(super) fn forget(&mut self) {
-        self.segments.clear();
+        *self = Self::default();
     }
 
     /// A life of it is over.
-    pub(super) fn push(&mut self, segment: String) {
-        if !segment.is_empty() {
-            self.segments.push(segment);
+    pub(super) fn push(&mut self, segment: &str) {
+        if segment.is_empty() || self.fault.is_some() {
+            return;
+        }
+        self.last_link = link(segment.split_inclusive('\n').rev()).or(self.last_link);
+        let judge = match self.judge.take() {
+            Some(judge) => Ok(judge),
+            None => match Judge::of(segment) {
+                Some(judge) => judge,
+                None => return,
+            },
+        };
+        let followed = judge.and_then(|mut judge| judge.follow(segment).map(|()| judge));
+        match followed {
+            Ok(judge) => self.judge = Some(judge),
+            Err(why) => self.fault = Some(why.to_string()),
         }
     }
 
-    /// Recomputes all of it, and what its present life has printed so far. `None`: this guest keeps no chain.
-    pub(super) fn judge(&self, now: &str) -> Option<Result<Links, String>> {
-        let segments: Vec<&str> =
-            self.segments.iter().map(String::as_str).chain([now]).filter(|segment| !segment.is_empty()).collect();
-        let first = segments.first()?;
-        if first.starts_with("counter ") {
-            let verified = chain::verify_segments(&segments);
-            Some(
-                verified
-                    .map(|report| Links { reached: report.ticks, rewound: report.rewound })
-                    .map_err(|e| e.to_string()),
-            )
-        } else if first.starts_with("smp ") {
-            let verified = turns::verify_segments(&segments);
-            Some(
-                verified
-                    .map(|report| Links { reached: report.turns, rewound: report.rewound })
-                    .map_err(|e| e.to_string()),
-            )
-        } else {
-            None
+    /// What of it is right, with what its present life has printed so far. `None`: this guest keeps no chain.
+    pub(super) fn judge(&mut self, now: &str) -> Option<Result<Links, String>> {
+        if let Some(fault) = &self.fault {
+            return Some(Err(fault.clone()));
         }
+        let judged = match &mut self.judge {
+            Some(judge) => judge.preview(now),
+            // Its first life goes on.
+            None => Judge::of(now)?.and_then(|mut judge| judge.preview(now)),
+        };
+        Some(judged.map_err(|why| why.to_string()))
     }
 
     /// The number of the last link that was printed whole, if any.
     pub(super) fn last_link(&self) -> Option<u64> {
-        self.segments.iter().rev().find_map(|segment| link(segment.split_inclusive('\n').rev()))
+        self.last_link
     }
 }
 
@@ -76,6 +72,7 @@ fn link<'a>(mut lines: impl Iterator<Item = &'a str>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use guests::chain;
 
     fn lines(from: u64, to: u64) -> String {
         let mut chain = chain::Chain::new(8192).unwrap();
@@ -90,12 +87,14 @@ mod tests {
     #[test]
     fn a_chain_that_goes_on_is_whole_and_one_that_goes_back_is_rewound() {
         let mut transcript = Transcript::default();
-        transcript.push(first(5));
+        transcript.push(&first(5));
         assert_eq!(transcript.last_link(), Some(5));
         assert_eq!(transcript.judge(&lines(6, 9)), Some(Ok(Links { reached: 9, rewound: 0 })));
         assert_eq!(transcript.judge(&lines(3, 9)), Some(Ok(Links { reached: 9, rewound: 1 })));
         assert!(transcript.judge(&lines(7, 9)).unwrap().is_err(), "a tick is missing");
         assert_eq!(first_link(&lines(6, 9)), Some(7));
+        transcript.push(&lines(7, 9));
+        assert!(transcript.judge(&lines(10, 11)).unwrap().is_err(), "what was wrong stays wrong");
         transcript.forget();
         assert_eq!(transcript.judge(""), None);
     }
@@ -103,7 +102,7 @@ mod tests {
     #[test]
     fn a_guest_without_a_chain_is_not_judged() {
         let mut transcript = Transcript::default();
-        transcript.push("boot: here\n".to_owned());
+        transcript.push("boot: here\n");
         assert_eq!(transcript.judge("more"), None);
     }
 }

@@ -12,9 +12,11 @@
 //! durable, as it does where the power supply keeps the caches (eADR). Then [`simulation`] looks at what survived, holds it against
 //! what the VM had been told to be durable, resumes it, and lets the guest's own output be recomputed ([`judge`]).
 //!
+//! [`campaign`] goes through many outages, on several such machines side by side, [`report`] sums them up, and [`page`] draws them.
 //! A seed draws the same times, cuts and losses again; the machine's own timing it cannot repeat.
 
 mod account;
+pub mod campaign;
 mod copy;
 mod ground;
 pub mod interrupt;
@@ -24,7 +26,7 @@ pub mod page;
 pub mod plan;
 pub mod report;
 pub mod scenario;
-pub mod simulation;
+mod simulation;
 mod subject;
 mod warning;
 

@@ -2,11 +2,9 @@
 
 use std::fmt::Write;
 
-use super::report::{OutageReport, SimulationReport, Summary, Verdict, VmOutage, WentOnFrom, phases};
+use super::report::{OutageReport, Summary, Tally, Verdict, VmOutage, WentOnFrom, phases};
 use crate::bench::{Conditions, Distribution};
 
-/// Outages that are drawn at most; violations come first.
-const DRAWN_MOST: usize = 250;
 /// Width of a time line in pixels.
 const WIDTH: f64 = 520.0;
 const HEIGHT: f64 = 26.0;
@@ -47,26 +45,26 @@ fn time(ns: u64) -> String {
 
 /// The page.
 #[must_use]
-pub fn page(report: &SimulationReport, conditions: &Conditions) -> String {
+pub fn page(tally: &Tally, seed: u64, conditions: &Conditions) -> String {
     let mut page = String::new();
+    let summary = tally.summary();
     let _ = write!(
         page,
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>perdure: {} outages</title><style>{STYLE}</style>\
          <h1>{} simulated power outages</h1>",
-        report.outages.len(),
-        report.outages.len()
+        summary.outages, summary.outages
     );
-    headline(&mut page, &report.summary);
+    headline(&mut page, &summary);
     explain(&mut page);
-    timelines(&mut page, &report.outages);
-    distributions(&mut page, report);
+    timelines(&mut page, tally, summary.outages);
+    distributions(&mut page, tally, &summary);
     let Conditions { cpu, cpus, kernel, load } = conditions;
     let _ = write!(
         page,
         "<p class=dim>Seed {} (<code>perdure outage run --seed {}</code> with the same arguments draws the same times, cuts and losses; the \
          machine's own timing differs). {} × {}, Linux {}, load {}.</p></html>",
-        report.seed,
-        report.seed,
+        seed,
+        seed,
         cpus,
         escape(cpu),
         escape(kernel),
@@ -115,26 +113,15 @@ fn explain(page: &mut String) {
     page.push_str("</p>");
 }
 
-fn timelines(page: &mut String, outages: &[OutageReport]) {
-    let violated = |outage: &&OutageReport| outage.vms.iter().any(|vm| matches!(vm.verdict, Verdict::Violated { .. }));
-    let drawn: Vec<_> = outages
-        .iter()
-        .filter(violated)
-        .chain(outages.iter().filter(|outage| !violated(outage)))
-        .take(DRAWN_MOST)
-        .collect();
-    if drawn.len() < outages.len() {
-        let _ = write!(
-            page,
-            "<p class=dim>{} of {} are shown: those with violations, then the first.</p>",
-            drawn.len(),
-            outages.len()
-        );
+fn timelines(page: &mut String, tally: &Tally, all: usize) {
+    let drawn = tally.kept().count();
+    if drawn < all {
+        let _ = write!(page, "<p class=dim>{drawn} of {all} are shown: those with violations, then the first.</p>");
     }
     page.push_str(
         "<table><tr><th>#<th>VM<th>power<th>from the signal<th>went on from<th>work lost<th>back after<th>verdict<th>seed</tr>",
     );
-    for outage in drawn {
+    for outage in tally.kept() {
         for vm in &outage.vms {
             row(page, outage, vm);
         }
@@ -238,42 +225,29 @@ fn timeline(outage: &OutageReport, vm: &VmOutage) -> String {
     svg
 }
 
-fn distributions(page: &mut String, report: &SimulationReport) {
+fn distributions(page: &mut String, tally: &Tally, summary: &Summary) {
     page.push_str("<h2>Distributions</h2>");
-    let vms = || report.outages.iter().flat_map(|outage| &outage.vms);
-    let holdup = report.outages.iter().filter_map(|outage| outage.holdup_ns).max();
-    let summary = &report.summary;
-    let freeze = vms().filter_map(|vm| vm.freeze.map(|freeze| freeze.total_ns)).collect();
-    histogram(page, "From the signal until everything was durable", freeze, &summary.freeze, holdup);
-    let flush = vms().filter_map(|vm| vm.freeze.map(|freeze| freeze.flush_ns)).collect();
-    histogram(page, "Of that, what the media took", flush, &summary.flush, holdup);
-    let resume = vms().filter_map(|vm| vm.resume_ns).collect();
-    histogram(page, "From the start of the process to the guest's first output", resume, &summary.resume, None);
-    let lost = vms().map(|vm| vm.lost_ns).filter(|lost| *lost > 0).collect::<Vec<_>>();
-    if !lost.is_empty() {
-        let distribution = Distribution::of(lost.clone());
-        histogram(
-            page,
-            "Work lost, where some was (no freeze in time, so an earlier generation or the kernel)",
-            lost,
-            &distribution,
-            None,
-        );
-    }
+    let times = tally.times();
+    let holdup = times.holdup_ns;
+    histogram(page, "From the signal until everything was durable", times.freeze, &summary.freeze, holdup);
+    histogram(page, "Of that, what the media took", times.flush, &summary.flush, holdup);
+    histogram(page, "From the start of the process to the guest's first output", times.resume, &summary.resume, None);
+    let lost: Vec<u64> = times.lost.iter().copied().filter(|lost| *lost > 0).collect();
+    let title = "Work lost, where some was (no freeze in time, so an earlier generation or the kernel)";
+    histogram(page, title, &lost, &Distribution::of(lost.clone()), None);
 }
 
-fn histogram(page: &mut String, title: &str, mut values: Vec<u64>, of: &Distribution, mark: Option<u64>) {
+fn histogram(page: &mut String, title: &str, values: &[u64], of: &Distribution, mark: Option<u64>) {
     const BINS: usize = 60;
     const HIGH: f64 = 90.0;
     const WIDE: f64 = 900.0;
     if values.is_empty() {
         return;
     }
-    values.sort_unstable();
     // A few stragglers would leave no room for all others.
     let most = of.p99_ns.max(mark.unwrap_or(0)).max(1) as f64 * 1.1;
     let mut bins = [0_u32; BINS];
-    for value in &values {
+    for value in values {
         let bin = ((*value as f64 / most * BINS as f64) as usize).min(BINS - 1);
         if let Some(bin) = bins.get_mut(bin) {
             *bin += 1;
@@ -326,7 +300,7 @@ mod tests {
     use super::*;
     use crate::persistence::freeze::{FreezeReport, FreezeSteps};
 
-    fn report() -> SimulationReport {
+    fn report() -> Tally {
         let steps =
             FreezeSteps { stop_ns: 100_000, persist_ns: 5_000_000, context_ns: 2_000_000, ..FreezeSteps::default() };
         let freeze = FreezeReport {
@@ -370,13 +344,14 @@ mod tests {
                 vm("<db>", Verdict::Violated { why: "tick 3 & 4".to_owned() }, None),
             ],
         };
-        let outages = vec![outage];
-        SimulationReport { seed: 7, summary: Summary::of(&outages), outages }
+        let mut tally = Tally::default();
+        tally.add(outage);
+        tally
     }
 
     #[test]
     fn a_page_has_all_of_an_outage_and_nothing_from_elsewhere() {
-        let page = page(&report(), &Conditions::now());
+        let page = page(&report(), 7, &Conditions::now());
         for words in [
             "flush memory: 5.0 ms",
             "hold-up: 16.0 ms",
@@ -397,7 +372,7 @@ mod tests {
 
     #[test]
     fn the_summary_counts_what_the_outages_were() {
-        let Summary { outages, cuts, holdup_met_percent, from_context, violations, .. } = report().summary;
+        let Summary { outages, cuts, holdup_met_percent, from_context, violations, .. } = report().summary();
         assert_eq!((outages, cuts, from_context, violations), (1, 1, 2, 1));
         assert_eq!(holdup_met_percent, Some(100.0));
     }

@@ -11,8 +11,6 @@ use vfs::cut::point::{CutAt, Fault, NoSuchPoint, Point};
 
 use crate::machine::config::ByteSize;
 
-/// A time drawn at random lies between these.
-const AT_RANDOM: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Without a hold-up, a cut at random comes so long after the signal at most: as long as most freezes take, and as long again.
 const CUT_AT_RANDOM: Duration = Duration::from_millis(40);
 
@@ -21,26 +19,45 @@ const CUT_AT_RANDOM: Duration = Duration::from_millis(40);
 pub enum Moment {
     /// After so long.
     After(Duration),
-    /// Between 20 ms and 1 s.
-    Random,
+    /// Somewhere between these.
+    Between(Duration, Duration),
+}
+
+/// Why a text is no [`Moment`].
+#[derive(Debug, thiserror::Error)]
+pub enum NoMoment {
+    /// It is no time.
+    #[error(transparent)]
+    Time(#[from] humantime::DurationError),
+    /// It ends before it begins.
+    #[error("{0} is no span of time: it ends before it begins")]
+    Backwards(String),
 }
 
 impl FromStr for Moment {
-    type Err = humantime::DurationError;
+    type Err = NoMoment;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "random" => Ok(Self::Random),
-            time => Ok(Self::After(humantime::parse_duration(time)?)),
+        let time = |text: &str| humantime::parse_duration(text.trim());
+        match text.split_once("..") {
+            _ if text == "random" => Ok(Self::RANDOM),
+            None => Ok(Self::After(time(text)?)),
+            Some((from, to)) => match (time(from)?, time(to)?) {
+                (from, to) if from <= to => Ok(Self::Between(from, to)),
+                _ => Err(NoMoment::Backwards(text.to_owned())),
+            },
         }
     }
 }
 
 impl Moment {
+    /// Between 20 ms and 1 s.
+    pub const RANDOM: Self = Self::Between(Duration::from_millis(20), Duration::from_secs(1));
+
     pub(super) fn draw(self, random: &mut SplitMix64) -> Duration {
         match self {
             Self::After(time) => time,
-            Self::Random => between(random, AT_RANDOM.0, AT_RANDOM.1),
+            Self::Between(from, to) => between(random, from, to),
         }
     }
 }
@@ -334,18 +351,31 @@ mod tests {
 
     #[test]
     fn the_same_seed_draws_the_same_and_another_one_something_else() {
-        let plan = OutagePlan { at: Moment::Random, cut: Cut::Random, flaps: 2, ..OutagePlan::default() };
+        let plan = OutagePlan { at: "random".parse().unwrap(), cut: Cut::Random, flaps: 2, ..OutagePlan::default() };
         let drawn = |seed| format!("{:?}", plan.draw(seed));
         assert_eq!(drawn(7), drawn(7));
         assert_ne!(drawn(7), drawn(8));
         for seed in 0..100 {
             let drawn = plan.draw(seed);
-            assert!((AT_RANDOM.0..AT_RANDOM.1).contains(&drawn.at));
+            assert!((Duration::from_millis(20)..Duration::from_secs(1)).contains(&drawn.at));
             assert!(
                 matches!(drawn.cut, DrawnCut::Unannounced)
                     || matches!(drawn.cut, DrawnCut::After(time) if time < Duration::from_millis(16))
             );
             assert_eq!(drawn.backs.len(), 2);
+        }
+    }
+
+    #[test]
+    fn a_moment_lies_within_its_span() {
+        let plan = OutagePlan { at: "5ms..7ms".parse().unwrap(), ..OutagePlan::default() };
+        for seed in 0..100 {
+            assert!((Duration::from_millis(5)..Duration::from_millis(7)).contains(&plan.draw(seed).at));
+        }
+        let exactly = OutagePlan { at: "5ms..5ms".parse().unwrap(), ..OutagePlan::default() };
+        assert_eq!(exactly.draw(1).at, Duration::from_millis(5));
+        for wrong in ["7ms..5ms", "..5ms", "5..7", "soon"] {
+            assert!(wrong.parse::<Moment>().is_err(), "{wrong}");
         }
     }
 

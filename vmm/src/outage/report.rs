@@ -5,17 +5,6 @@ use serde::Serialize;
 use crate::bench::Distribution;
 use crate::persistence::freeze::{FreezeReport, FreezeSteps};
 
-/// All outages of a simulation.
-#[derive(Debug, Clone, Serialize)]
-pub struct SimulationReport {
-    /// With `--seed` this it draws the same again.
-    pub seed: u64,
-    /// Each, in order.
-    pub outages: Vec<OutageReport>,
-    /// Over all of them.
-    pub summary: Summary,
-}
-
 /// One outage.
 #[derive(Debug, Clone, Serialize)]
 pub struct OutageReport {
@@ -145,27 +134,107 @@ pub struct Summary {
     pub lost: Distribution,
 }
 
-impl Summary {
-    /// Of these.
+/// Outages that are kept whole.
+const KEPT_MOST: usize = 250;
+
+/// Sums outages up as they come. Of most it keeps a few numbers.
+#[derive(Debug, Clone, Default)]
+pub struct Tally {
+    outages: usize,
+    cuts: usize,
+    met: usize,
+    missed: usize,
+    from_context: usize,
+    from_generation: usize,
+    from_boot: usize,
+    ran_on: usize,
+    violations: usize,
+    holdup_ns: Option<u64>,
+    freeze: Vec<u64>,
+    flush: Vec<u64>,
+    resume: Vec<u64>,
+    lost: Vec<u64>,
+    kept: Vec<OutageReport>,
+    violated: Vec<OutageReport>,
+}
+
+/// The times of all outages, in nanoseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Times<'a> {
+    /// The signal to all durable.
+    pub freeze: &'a [u64],
+    /// Of that, what the media took.
+    pub flush: &'a [u64],
+    /// The start of the process to the first output.
+    pub resume: &'a [u64],
+    /// Work lost.
+    pub lost: &'a [u64],
+    /// The longest hold-up.
+    pub holdup_ns: Option<u64>,
+}
+
+impl Tally {
+    /// One more.
+    pub fn add(&mut self, outage: OutageReport) {
+        self.outages += 1;
+        self.cuts += usize::from(outage.dark_ns.is_some());
+        self.holdup_ns = self.holdup_ns.max(outage.holdup_ns);
+        let mut violations = 0;
+        for vm in &outage.vms {
+            match vm.in_time {
+                Some(true) => self.met += 1,
+                Some(false) => self.missed += 1,
+                None => {}
+            }
+            *match vm.went_on {
+                WentOnFrom::Running => &mut self.ran_on,
+                WentOnFrom::Context { .. } => &mut self.from_context,
+                WentOnFrom::Generation { .. } => &mut self.from_generation,
+                WentOnFrom::Boot => &mut self.from_boot,
+            } += 1;
+            violations += usize::from(matches!(vm.verdict, Verdict::Violated { .. }));
+            self.freeze.extend(vm.freeze.map(|freeze| freeze.total_ns));
+            self.flush.extend(vm.freeze.map(|freeze| freeze.flush_ns));
+            self.resume.extend(vm.resume_ns);
+            self.lost.push(vm.lost_ns);
+        }
+        self.violations += violations;
+        let kept = if violations > 0 { &mut self.violated } else { &mut self.kept };
+        if kept.len() < KEPT_MOST {
+            kept.push(outage);
+        }
+    }
+
+    /// Those with violations, then the first others, as many as are kept.
+    pub fn kept(&self) -> impl Iterator<Item = &OutageReport> {
+        self.violated.iter().chain(&self.kept).take(KEPT_MOST)
+    }
+
+    /// All times.
     #[must_use]
-    pub fn of(outages: &[OutageReport]) -> Self {
-        let vms = || outages.iter().flat_map(|outage| &outage.vms);
-        let of = |value: &dyn Fn(&VmOutage) -> Option<u64>| Distribution::of(vms().filter_map(value).collect());
-        let count = |is: &dyn Fn(&VmOutage) -> bool| vms().filter(|vm| is(vm)).count();
-        let (met, missed) = (count(&|vm| vm.in_time == Some(true)), count(&|vm| vm.in_time == Some(false)));
-        Self {
-            outages: outages.len(),
-            cuts: outages.iter().filter(|outage| outage.dark_ns.is_some()).count(),
+    pub fn times(&self) -> Times<'_> {
+        let Self { freeze, flush, resume, lost, holdup_ns, .. } = self;
+        Times { freeze, flush, resume, lost, holdup_ns: *holdup_ns }
+    }
+
+    /// What it comes to.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        let (met, missed) = (self.met, self.missed);
+        let of = |times: &[u64]| Distribution::of(times.to_vec());
+        Summary {
+            outages: self.outages,
+            cuts: self.cuts,
             holdup_met_percent: (met + missed > 0).then(|| met as f64 * 100.0 / (met + missed) as f64),
-            from_context: count(&|vm| matches!(vm.went_on, WentOnFrom::Context { .. })),
-            from_generation: count(&|vm| matches!(vm.went_on, WentOnFrom::Generation { .. })),
-            from_boot: count(&|vm| vm.went_on == WentOnFrom::Boot),
-            ran_on: count(&|vm| vm.went_on == WentOnFrom::Running),
-            violations: count(&|vm| matches!(vm.verdict, Verdict::Violated { .. })),
-            freeze: of(&|vm| vm.freeze.map(|freeze| freeze.total_ns)),
-            flush: of(&|vm| vm.freeze.map(|freeze| freeze.flush_ns)),
-            resume: of(&|vm| vm.resume_ns),
-            lost: of(&|vm| Some(vm.lost_ns)),
+            from_context: self.from_context,
+            from_generation: self.from_generation,
+            from_boot: self.from_boot,
+            ran_on: self.ran_on,
+            violations: self.violations,
+            freeze: of(&self.freeze),
+            flush: of(&self.flush),
+            resume: of(&self.resume),
+            lost: of(&self.lost),
         }
     }
 }

@@ -19,7 +19,7 @@
 //! * `vms`: see [`VmPlan`]; each field may be left out. They share a machine, its supply and its pool. Those with the highest `priority` are
 //!   warned first, and others when these are frozen.
 //! * `outages`, in their order, `repeat` times over. Each field may be left out:
-//!   `at` (a time from the guest's first output, or `random`; default `random`), `holdup` (a time or `none`; default `16ms`), `cut` (as `--cut`:
+//!   `at` (a time from the guest's first output, a span as in `5ms..200ms` to draw it from, or `random`: `20ms..1s`; default `random`), `holdup` (a time or `none`; default `16ms`), `cut` (as `--cut`:
 //!   `after-holdup`, a point, `random`, `unannounced`, `never`), `flaps` (so many signals before, after each of which the power comes back), `back`
 //!   (when it does, for `flaps` and `never`; default: drawn from the hold-up), `again` (points at which the VM is cut off on its way back, one for each
 //!   attempt), `fault` (`io-error@POINT`, `full@POINT`, `slow:20ms@POINT`, `lies@POINT`: what the medium does from that point to the next),
@@ -137,7 +137,7 @@ impl WrittenOutage {
             .map_err(|error| ScenarioError::Field { number, field: "back", why: error.to_string() })?;
         let again = self.again.iter().map(|point| read::<CutAt>(number, "again", Some(point)));
         Ok(OutagePlan {
-            at: read(number, "at", self.at.as_ref())?.unwrap_or(Moment::Random),
+            at: read(number, "at", self.at.as_ref())?.unwrap_or(Moment::RANDOM),
             holdup: read::<HoldUpLength>(number, "holdup", self.holdup.as_ref())?
                 .map_or(usual.holdup, |length| length.0),
             cut: read::<Cut>(number, "cut", self.cut.as_ref())?.unwrap_or(usual.cut),

@@ -1,10 +1,9 @@
-//! Outages, one after the other.
+//! Outages of one machine, one after the other.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use allocator::Pool;
-use guests::random::SplitMix64;
 use vfs::cut::image::Loss;
 use vfs::cut::point::CutAt;
 
@@ -14,8 +13,8 @@ use super::copy::copy_vm;
 use super::ground::Ground;
 use super::interrupt::Interrupt;
 use super::life::{Doom, Life, was_cut};
-use super::plan::{Drawn, DrawnCut, OutagePlan, VmPlan};
-use super::report::{OutageReport, SimulationReport, Summary, Verdict};
+use super::plan::{Drawn, DrawnCut, VmPlan};
+use super::report::{OutageReport, Verdict};
 use super::subject::{PATIENCE, Subject, Way};
 use super::warning::{Warning, power_back};
 use crate::machine::config::Kernel;
@@ -27,14 +26,12 @@ const POINT_PATIENCE: Duration = Duration::from_secs(10);
 const FLAP_PAUSE: Duration = Duration::from_millis(5);
 /// A VM is told a hold-up that is longer by this where the power comes back within it: that is the simulator's to say.
 const GRACE: Duration = Duration::from_secs(10);
-/// Leaves seeds that can be typed.
-const SEED_SHIFT: u32 = 32;
 /// How many times a VM is started after an outage, at most.
 const ATTEMPTS: usize = 64;
 
 /// A machine, its VMs, and a supply that fails.
 #[derive(Debug)]
-pub struct Simulation {
+pub(super) struct Simulation {
     subjects: Vec<Subject>,
     ground: Ground,
     interrupt: Interrupt,
@@ -59,8 +56,13 @@ impl Simulation {
     ///
     /// # Errors
     /// [`OutageError::System`].
-    pub fn new(parent: &Path, vms: &[VmPlan], interrupt: Interrupt) -> Result<Self, OutageError> {
-        let ground = Ground::create(parent)?;
+    pub(super) fn new(
+        parent: &Path,
+        machine: usize,
+        vms: &[VmPlan],
+        interrupt: Interrupt,
+    ) -> Result<Self, OutageError> {
+        let ground = Ground::create(parent, machine)?;
         let subject = |(index, plan): (usize, &VmPlan)| {
             let name = if vms.len() == 1 { plan.guest.clone() } else { format!("{}-{}", plan.guest, index + 1) };
             let run = plan.arguments(&name);
@@ -75,8 +77,8 @@ impl Simulation {
     ///
     /// # Errors
     /// [`OutageError::NotCopied`], [`OutageError::Regions`], [`OutageError::System`].
-    pub fn of_copy(pool: &Pool, name: &str, interrupt: Interrupt) -> Result<Self, OutageError> {
-        let ground = Ground::create(pool.dir())?;
+    pub(super) fn of_copy(pool: &Pool, machine: usize, name: &str, interrupt: Interrupt) -> Result<Self, OutageError> {
+        let ground = Ground::create(pool.dir(), machine)?;
         let config = copy_vm(pool, name, &ground.pool())?;
         let mut subject = Subject::new(name.to_owned(), vec!["run".to_owned(), name.to_owned()]);
         let guest = match &config.kernel {
@@ -90,33 +92,26 @@ impl Simulation {
         Ok(Self { subjects: vec![subject], ground, interrupt, known, broken: false })
     }
 
-    /// Goes through `plans`, and again, `count` outages in all. `tell` hears of each.
+    /// Suffers outages, which come with their numbers, one after the other. `tell` hears of each; it says whether to go on.
     ///
     /// # Errors
     /// [`OutageError`]; a violation is none, but in the report.
-    pub fn run(
+    pub(super) fn run(
         mut self,
-        plans: &[OutagePlan],
-        count: u32,
-        seed: u64,
-        tell: &mut dyn FnMut(&OutageReport),
-    ) -> Result<SimulationReport, OutageError> {
-        let mut seeds = SplitMix64::new(seed);
-        let mut seed_of = |index: u32| if index == 0 { seed } else { seeds.draw() >> SEED_SHIFT };
-        let drawn = (0..count).zip(plans.iter().cycle()).map(|(index, plan)| plan.draw(seed_of(index)));
-        let drawn: Vec<Drawn> = drawn.collect();
-        if let Some(first) = drawn.first().filter(|first| !first.birth) {
+        outages: impl Iterator<Item = (u32, Drawn)>,
+        mut tell: impl FnMut(OutageReport) -> bool,
+    ) -> Result<(), OutageError> {
+        let mut outages = outages.peekable();
+        if let Some((_, first)) = outages.peek().filter(|(_, first)| !first.birth) {
             self.bear(first)?;
         }
-        let mut outages = Vec::new();
-        for (index, now) in drawn.iter().enumerate() {
-            let number = u32::try_from(index).unwrap_or(u32::MAX).saturating_add(1);
-            let outage = self.outage(number, now, drawn.get(index + 1))?;
-            tell(&outage);
-            outages.push(outage);
+        while let Some((number, now)) = outages.next() {
+            let outage = self.outage(number, &now, outages.peek().map(|(_, next)| next))?;
+            if !tell(outage) {
+                break;
+            }
         }
-        let summary = Summary::of(&outages);
-        Ok(SimulationReport { seed, outages, summary })
+        Ok(())
     }
 
     fn pool(&self) -> PathBuf {
@@ -372,7 +367,7 @@ impl Simulation {
         self.cut_all();
         for subject in &mut self.subjects {
             if let Some(life) = subject.life.take() {
-                subject.transcript.push(life.end()?);
+                subject.transcript.push(&life.end()?);
             }
         }
         Ok(())
