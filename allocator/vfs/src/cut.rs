@@ -13,6 +13,8 @@
 //!                                                                            the model is cut, and what is left goes back
 //! ```
 //!
+//! What goes past the `Vfs` and may be flushed piece by piece (a guest's disks, its persistent memory) tells the record itself: [`trace`].
+//!
 //! Two environment variables switch it on, and nothing else does: `PERDURE_CUT_RECORD` names the record, `PERDURE_CUT_AT` where the process
 //! kills itself ([`point`]).
 
@@ -20,6 +22,7 @@ pub mod image;
 mod log;
 pub mod point;
 pub mod record;
+pub mod trace;
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};

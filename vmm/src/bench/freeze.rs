@@ -5,18 +5,35 @@
 
 use std::time::{Duration, Instant};
 
+use guests::pages::Access;
 use rustix::process::{Signal, getpid, kill_process};
 use serde::Serialize;
 
 use super::{BenchError, BenchPool, Distribution, Shape};
-use crate::machine::config::ByteSize;
+use crate::machine::config::{ByteSize, Kernel, SerialTarget, VmConfig};
 use crate::machine::time::nanoseconds;
 use crate::persistence::freeze::{FreezeReport, FreezeSteps};
+use crate::persistence::regions::VmRegions;
 use crate::supervisor::terminal::Keyboard;
 use crate::supervisor::{Ended, Supervisor};
 
 /// How long the guest may take to dirty its memory once.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How what the guest writes lies in its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layout {
+    /// Page beside page: `memwalk`, which writes them from the first to the last.
+    Dense,
+    /// As far from each other as memory lets them be, at equal distances: `pages`, in the same order each time.
+    Scattered,
+}
+
+/// Of memory, guests leave so much for pages: in parts of [`PARTS`]. The rest is theirs: tables, versions, the list.
+const USABLE: u64 = 7;
+/// See [`USABLE`].
+const PARTS: u64 = 8;
 
 /// One row of results.
 #[derive(Debug, Clone, Serialize)]
@@ -25,6 +42,8 @@ pub struct FreezeResult {
     pub shape: Shape,
     /// How much memory the guest writes between two freezes.
     pub dirty: ByteSize,
+    /// Where.
+    pub layout: Layout,
     /// Signal to all durable.
     pub total: Distribution,
     /// Of that, what the media took to make bytes durable: regions, context, stamp.
@@ -41,14 +60,22 @@ pub struct FreezeResult {
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn measure(pool: &BenchPool, shape: Shape, dirty: ByteSize, runs: usize) -> Result<FreezeResult, BenchError> {
+pub fn measure(
+    pool: &BenchPool,
+    shape: Shape,
+    dirty: ByteSize,
+    layout: Layout,
+    runs: usize,
+) -> Result<FreezeResult, BenchError> {
     let name = format!("freeze-{}-{}", shape.cpus, shape.memory);
     let pages = dirty.0 / 4096;
-    let regions = if pages == 0 {
-        pool.vm(&name, &shape, "boot", "")?
-    } else {
-        let cmdline = format!("pattern=sequential ws={} write=100 report={pages}", dirty.0);
-        pool.vm(&name, &shape, "memwalk", &cmdline)?
+    let regions = match layout {
+        _ if pages == 0 => pool.vm(&name, &shape, "boot", "")?,
+        Layout::Dense => {
+            let cmdline = format!("pattern=sequential ws={} write=100 report={pages}", dirty.0);
+            pool.vm(&name, &shape, "memwalk", &cmdline)?
+        }
+        Layout::Scattered => scattered(pool, &name, &shape, pages)?,
     };
     let mut supervisor = Supervisor::boot(pool.pool(), regions, Keyboard::none())?;
     let mut samples = Vec::with_capacity(runs);
@@ -59,7 +86,31 @@ pub fn measure(pool: &BenchPool, shape: Shape, dirty: ByteSize, runs: usize) -> 
     }
     supervisor.close(false);
     pool.pool().free_tree(&name.parse().map_err(|_| BenchError::Guest(name.clone()))?)?;
-    Ok(summarise(shape, dirty, &samples))
+    Ok(summarise(shape, dirty, layout, &samples))
+}
+
+/// A VM that writes so many pages again and again, none beside another.
+fn scattered(pool: &BenchPool, name: &str, shape: &Shape, pages: u64) -> Result<VmRegions, BenchError> {
+    let usable = shape.memory.0 / 4096 / PARTS * USABLE;
+    let stride = usable / pages;
+    if stride < 2 {
+        return Err(BenchError::Guest(format!("{pages} pages cannot lie scattered in {} of memory", shape.memory)));
+    }
+    let accesses = (0..pages).filter_map(|index| u32::try_from(index * stride).ok());
+    let list: Vec<u8> = accesses.flat_map(|page| Access { page, write: true }.entry().to_le_bytes()).collect();
+    let path = pool.directory().join(format!("{name}.list"));
+    std::fs::write(&path, list).map_err(|source| BenchError::System { doing: "write the list of pages", source })?;
+    let config = VmConfig {
+        cpus: shape.cpus,
+        kernel: Kernel::GuestWith { guest: "pages".to_owned(), initrd: path },
+        cmdline: format!("pages={usable} every={pages}"),
+        memory: shape.memory,
+        ram: shape.ram,
+        medium: shape.medium,
+        serial: SerialTarget::None,
+        ..VmConfig::default()
+    };
+    Ok(VmRegions::create(pool.pool(), name, &config)?)
 }
 
 /// Waits until the guest has written all its pages since the last freeze: twice round, since the first may be half over.
@@ -87,12 +138,13 @@ fn one(supervisor: &mut Supervisor) -> Result<(u64, FreezeReport), BenchError> {
     }
 }
 
-fn summarise(shape: Shape, dirty: ByteSize, samples: &[(u64, FreezeReport)]) -> FreezeResult {
+fn summarise(shape: Shape, dirty: ByteSize, layout: Layout, samples: &[(u64, FreezeReport)]) -> FreezeResult {
     let distribution = |of: &dyn Fn(&(u64, FreezeReport)) -> u64| Distribution::of(samples.iter().map(of).collect());
     let step = |of: fn(&FreezeSteps) -> u64| distribution(&|(_, report)| of(&report.steps)).p50_ns;
     FreezeResult {
         shape,
         dirty,
+        layout,
         total: distribution(&|(total, _)| *total),
         flush: distribution(&|(_, report)| report.flush_ns),
         own: distribution(&|(total, report)| total.saturating_sub(report.flush_ns)),

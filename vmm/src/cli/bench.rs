@@ -6,6 +6,7 @@ mod recoverable;
 use std::path::Path;
 
 use allocator::MediumKind;
+use clap::ValueEnum as _;
 use serde::Serialize;
 
 use super::output::say;
@@ -93,6 +94,9 @@ struct FreezeArgs {
     /// Memory that the guest writes between two freezes; sizes separated by commas
     #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "0")]
     dirty: Vec<ByteSize>,
+    /// How that lies in memory, separated by commas: dense (page beside page), scattered (none beside another)
+    #[arg(long, value_name = "LAYOUT", value_delimiter = ',', default_value = "dense")]
+    layout: Vec<freeze::Layout>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -178,19 +182,25 @@ fn freeze(parent: &Path, args: &FreezeArgs) -> anyhow::Result<()> {
     let mut results = Vec::new();
     for shape in args.common.shapes() {
         for dirty in &args.dirty {
-            progress(&args.common, "freeze", &shape);
-            results.push(freeze::measure(&pool, shape, *dirty, args.common.runs as usize)?);
+            // Nothing lies nowhere.
+            let layouts = args.layout.iter().take(if dirty.0 == 0 { 1 } else { usize::MAX });
+            for layout in layouts {
+                progress(&args.common, "freeze", &shape);
+                results.push(freeze::measure(&pool, shape, *dirty, *layout, args.common.runs as usize)?);
+            }
         }
     }
     let cells = |result: &freeze::FreezeResult| {
         let mut row = shape_cells(&result.shape);
         row.push(result.dirty.to_string());
+        row.push(result.layout.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default());
         row.extend(p50_p99(&result.own));
         row.extend(p50_p99(&result.flush));
         row.extend(p50_p99(&result.total));
         row
     };
-    let headings = ["MEDIUM", "CPUS", "MEMORY", "DIRTY", "OWN P50", "P99", "FLUSH P50", "P99", "TOTAL P50", "P99"];
+    let headings =
+        ["MEDIUM", "CPUS", "MEMORY", "DIRTY", "LAYOUT", "OWN P50", "P99", "FLUSH P50", "P99", "TOTAL P50", "P99"];
     present(conditions, results, args.common.json, &headings, cells)
 }
 

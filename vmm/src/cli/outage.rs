@@ -14,6 +14,7 @@ use super::{Environment, output};
 use crate::bench::Conditions;
 use crate::machine::config::ByteSize;
 use crate::outage::campaign::Campaign;
+use crate::outage::damage::Damage;
 use crate::outage::plan::{Cut, HoldUpLength, Moment, OutagePlan, VmPlan};
 use crate::outage::report::{OutageReport, Summary, Tally, Verdict, VmOutage, WentOnFrom};
 use crate::outage::scenario::Scenario;
@@ -77,6 +78,10 @@ struct RunArgs {
     /// not done, and say that they were: this must end in a violation)
     #[arg(long, value_name = "FAULT")]
     fault: Option<Fault>,
+    /// Of the two slots of the context one is damaged between the cut and the return, where both are good: newer-slot, older-slot, or
+    /// context-slot (one of them, as chance has it). Then it must not go on from the older one, and must say why
+    #[arg(long, value_name = "WHAT")]
+    damage: Option<Damage>,
     /// How many outages, one after the other
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     repeat: u32,
@@ -93,9 +98,9 @@ struct RunArgs {
     /// "holdup": "100ms", "cut": "never", "back": "4ms"}, {"cut": "freeze.context+2", "again": ["resume.clear+1"]}, {"flaps": 5}, {"fault":
     /// "io-error@freeze.persist"}], "repeat": 10}. VMs: guest, cmdline, cpus, memory, medium, snapshot_every, max_snapshots, priority (the highest are
     /// warned first). Outages: at, holdup, cut, flaps (signals before it, after each of which the power comes back), back (when it does), again
-    /// (where the VM is cut off on its way back, one for each attempt), fault,
+    /// (where the VM is cut off on its way back, one for each attempt), fault, damage,
     /// fresh (all VMs are made anew before it).
-    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["name", "guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots", "at", "holdup", "cut", "fault", "repeat"])]
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["name", "guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots", "at", "holdup", "cut", "fault", "damage", "repeat"])]
     scenario: Option<PathBuf>,
     /// Write a page about it: a time line of each outage, and distributions
     #[arg(long, value_name = "FILE.html")]
@@ -128,7 +133,14 @@ impl RunArgs {
     }
 
     fn plan(&self) -> OutagePlan {
-        OutagePlan { at: self.at, holdup: self.holdup.0, cut: self.cut, fault: self.fault, ..OutagePlan::default() }
+        OutagePlan {
+            at: self.at,
+            holdup: self.holdup.0,
+            cut: self.cut,
+            fault: self.fault,
+            damage: self.damage,
+            ..OutagePlan::default()
+        }
     }
 }
 
@@ -225,9 +237,10 @@ fn tell(outage: &OutageReport) {
             Verdict::RunsOn => "runs on".to_owned(),
             Verdict::Violated { why } => format!("VIOLATED: {why}"),
         };
+        let damaged = vm.damaged.as_ref().map(|what| format!("; damaged: {what}")).unwrap_or_default();
         let OutageReport { number, seed, cut, lost_bytes, .. } = outage;
         say!(
-            "{number:>4}  {} {cut}, {}; lost {}; {went}{resumed}; {verdict}  [seed {seed}]",
+            "{number:>4}  {} {cut}, {}; lost {}{damaged}; {went}{resumed}; {verdict}  [seed {seed}]",
             vm.name,
             froze(outage, vm),
             output::bytes(*lost_bytes)

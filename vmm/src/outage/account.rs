@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use allocator::Pool;
 
 use super::OutageError;
+use super::damage::Damaged;
 use super::interrupt::Interrupt;
 use super::judge::first_link;
 use super::plan::Drawn;
@@ -39,6 +40,8 @@ pub(super) struct Aftermath {
     pub(super) recovered: Option<(String, u64)>,
     pub(super) cut_off_at: Vec<String>,
     pub(super) attempts: u32,
+    /// What was damaged before the first attempt.
+    pub(super) damaged: Option<Damaged>,
     /// Before the outage: the last link of its chain, the newest generation that was said to be durable, when it was booted.
     pub(super) last_link: Option<u64>,
     pub(super) told_generation: u64,
@@ -54,6 +57,7 @@ impl Aftermath {
             recovered: None,
             cut_off_at: Vec::new(),
             attempts: 1,
+            damaged: None,
             last_link: subject.transcript.last_link(),
             told_generation: subject.told_generation,
             booted: subject.booted,
@@ -108,11 +112,12 @@ fn broken_promises(answered: Option<&Answered>, aftermath: &Aftermath) -> Vec<St
     let mut problems = Vec::new();
     if let Some(report) = answered.and_then(frozen)
         && aftermath.first != Way::Resume(report.sequence)
+        && !aftermath.damaged.as_ref().is_some_and(|damaged| damaged.took_the_freeze())
     {
         problems.push(format!(
             "it was said to be frozen (context {}), and what survived is {}",
             report.sequence,
-            words(&aftermath.first)
+            aftermath.first.words()
         ));
     }
     let newest = match &aftermath.first {
@@ -161,6 +166,7 @@ pub(super) fn account(
     let mut outage = record(subject, answered, went_on, problems);
     outage.lost_ns = lost_ns;
     outage.attempts = aftermath.attempts;
+    outage.damaged = aftermath.damaged.as_ref().map(Damaged::words);
     outage.cut_off_at = drawn
         .armed
         .iter()
@@ -186,14 +192,6 @@ fn frozen(answered: &Answered) -> Option<FreezeReport> {
     match &answered.answer {
         Answer::Frozen(report) => Some(**report),
         Answer::Refused(_) | Answer::Silent(_) => None,
-    }
-}
-
-fn words(way: &Way) -> String {
-    match way {
-        Way::Resume(sequence) => format!("context {sequence}"),
-        Way::Recover(newest) => format!("generation {}", newest.id),
-        Way::Boot => "nothing".to_owned(),
     }
 }
 
@@ -235,6 +233,7 @@ fn record(
         cut_off_at: Vec::new(),
         went_on,
         attempts: 1,
+        damaged: None,
         lost_ns: 0,
         lost_links: None,
         resume_ns: None,

@@ -7,6 +7,7 @@ use std::path::Path;
 use allocator::Pool;
 
 use super::OutageError;
+use crate::machine::config::disks::DiskConfig;
 use crate::machine::config::{SerialTarget, VmConfig};
 use crate::persistence::generations::{family, store_dir};
 use crate::persistence::regions::VmRegions;
@@ -20,8 +21,12 @@ pub(super) fn copy_vm(pool: &Pool, name: &str, to: &Path) -> Result<VmConfig, Ou
     let regions = VmRegions::open(pool, name)?;
     let config = regions.config().clone();
     let refused = |why: &str| OutageError::NotCopied { name: name.to_owned(), why: why.to_owned() };
-    if !config.disks.is_empty() || !config.pmem.is_empty() {
-        return Err(refused("it has disks or persistent memory, and what a cut takes from these is not simulated"));
+    let shared = |disk: &&DiskConfig| matches!(disk, DiskConfig::File { read_only: false, .. });
+    if let Some(disk) = config.disks.iter().find(shared) {
+        return Err(refused(&format!(
+            "its disk {disk} lies outside of the pool, and the copy would write to it, too. A disk of the pool is copied: \
+             `perdure run {name} --disk NAME:SIZE,from={disk}` makes one of it"
+        )));
     }
     if !config.net.is_empty() || config.vsock.is_some() {
         return Err(refused("it is joined to the host by a network card or sockets, which the copy would use, too"));

@@ -5,10 +5,44 @@ use guests::judge::{Judge, Links};
 /// Everything that a guest printed since it was booted, judged life by life.
 #[derive(Debug, Default)]
 pub(super) struct Transcript {
-    judge: Option<Judge>,
-    /// What was wrong with it: it stays wrong.
-    fault: Option<String>,
+    judged: Judged,
     last_link: Option<u64>,
+}
+
+#[derive(Debug)]
+enum Judged {
+    /// It has not said yet who it is; all that it printed.
+    Early(Vec<String>),
+    /// It keeps no chain, or its beginning is not known.
+    Nothing,
+    By(Judge),
+    /// What was wrong with it: it stays wrong.
+    Fault(String),
+}
+
+impl Default for Judged {
+    fn default() -> Self {
+        Self::Early(Vec::new())
+    }
+}
+
+/// Who judges these lives, which are the first; `None` as long as that is not clear.
+fn judge_of(lives: &[&str]) -> Option<Judged> {
+    // That is what a guest begins with: one line, or two.
+    let whole = |text: &str| text.bytes().filter(|byte| *byte == b'\n').count() >= 2;
+    // One that was brought back to where it had printed nothing has begun anew.
+    let first = match lives.iter().rfind(|life| whole(life)) {
+        Some(life) if Judge::of(life).is_some_and(|judge| judge.is_ok()) => (*life).to_owned(),
+        _ => lives.concat(),
+    };
+    if !whole(&first) {
+        return None;
+    }
+    let judge = match Judge::of(&first) {
+        None => return Some(Judged::Nothing),
+        Some(judge) => judge.and_then(|mut judge| lives.iter().try_for_each(|life| judge.follow(life)).map(|()| judge)),
+    };
+    Some(judge.map_or_else(|why| Judged::Fault(why.to_string()), Judged::By))
 }
 
 impl Transcript {
@@ -19,35 +53,43 @@ impl Transcript {
 
     /// A life of it is over.
     pub(super) fn push(&mut self, segment: &str) {
-        if segment.is_empty() || self.fault.is_some() {
+        if segment.is_empty() {
             return;
         }
         self.last_link = link(segment.split_inclusive('\n').rev()).or(self.last_link);
-        let judge = match self.judge.take() {
-            Some(judge) => Ok(judge),
-            None => match Judge::of(segment) {
-                Some(judge) => judge,
-                None => return,
-            },
-        };
-        let followed = judge.and_then(|mut judge| judge.follow(segment).map(|()| judge));
-        match followed {
-            Ok(judge) => self.judge = Some(judge),
-            Err(why) => self.fault = Some(why.to_string()),
+        match &mut self.judged {
+            Judged::Early(lives) => {
+                lives.push(segment.to_owned());
+                let lives: Vec<&str> = lives.iter().map(String::as_str).collect();
+                if let Some(judged) = judge_of(&lives) {
+                    self.judged = judged;
+                }
+            }
+            Judged::By(judge) => {
+                if let Err(why) = judge.follow(segment) {
+                    self.judged = Judged::Fault(why.to_string());
+                }
+            }
+            Judged::Nothing | Judged::Fault(_) => {}
         }
     }
 
-    /// What of it is right, with what its present life has printed so far. `None`: this guest keeps no chain.
+    /// What of it is right, with what its present life has printed so far. `None`: this guest keeps no chain, or has not said yet that it does.
     pub(super) fn judge(&mut self, now: &str) -> Option<Result<Links, String>> {
-        if let Some(fault) = &self.fault {
-            return Some(Err(fault.clone()));
+        match &mut self.judged {
+            Judged::Early(lives) => {
+                let lives: Vec<&str> =
+                    lives.iter().map(String::as_str).chain([now]).filter(|life| !life.is_empty()).collect();
+                match judge_of(&lives)? {
+                    Judged::By(mut judge) => Some(judge.preview("").map_err(|why| why.to_string())),
+                    Judged::Fault(why) => Some(Err(why)),
+                    Judged::Early(_) | Judged::Nothing => None,
+                }
+            }
+            Judged::By(judge) => Some(judge.preview(now).map_err(|why| why.to_string())),
+            Judged::Nothing => None,
+            Judged::Fault(why) => Some(Err(why.clone())),
         }
-        let judged = match &mut self.judge {
-            Some(judge) => judge.preview(now),
-            // Its first life goes on.
-            None => Judge::of(now)?.and_then(|mut judge| judge.preview(now)),
-        };
-        Some(judged.map_err(|why| why.to_string()))
     }
 
     /// The number of the last link that was printed whole, if any.
@@ -100,9 +142,28 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_was_cut_off_as_it_said_who_it_is_is_judged_when_that_is_known() {
+        let whole = first(5);
+        let (a, b) = whole.split_at(9);
+        let mut transcript = Transcript::default();
+        assert_eq!(transcript.judge(a), None);
+        transcript.push(a);
+        assert_eq!(transcript.judge(b), Some(Ok(Links { reached: 5, rewound: 0 })));
+        // Brought back to where it had printed nothing.
+        assert_eq!(transcript.judge(&whole), Some(Ok(Links { reached: 5, rewound: 1 })));
+        transcript.push(b);
+        assert_eq!(transcript.judge(&lines(6, 7)), Some(Ok(Links { reached: 7, rewound: 0 })));
+        assert!(transcript.judge(&lines(7, 8)).unwrap().is_err(), "a tick is missing");
+    }
+
+    #[test]
     fn a_guest_without_a_chain_is_not_judged() {
         let mut transcript = Transcript::default();
         transcript.push("boot: here\n");
         assert_eq!(transcript.judge("more"), None);
+        transcript.push("more\n");
+        // The rest of an output whose beginning nobody has seen.
+        transcript.push(&lines(7, 9));
+        assert_eq!(transcript.judge("more\n"), None);
     }
 }

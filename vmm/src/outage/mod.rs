@@ -18,6 +18,7 @@
 mod account;
 pub mod campaign;
 mod copy;
+pub mod damage;
 mod ground;
 pub mod interrupt;
 mod judge;

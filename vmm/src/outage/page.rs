@@ -140,6 +140,9 @@ fn row(page: &mut String, outage: &OutageReport, vm: &VmOutage) {
     if !vm.cut_off_at.is_empty() {
         let _ = write!(power, "<br><small>cut off at {}</small>", escape(&vm.cut_off_at.join(", ")));
     }
+    if let Some(damaged) = &vm.damaged {
+        let _ = write!(power, "<br><small>damaged: {}</small>", escape(damaged));
+    }
     let went_on = match &vm.went_on {
         WentOnFrom::Running => "ran on".to_owned(),
         WentOnFrom::Context { sequence } => format!("context {sequence}"),
@@ -323,6 +326,7 @@ mod tests {
             cut_off_at: vec!["resume.clear+1".to_owned()],
             went_on: WentOnFrom::Context { sequence: 2 },
             attempts: 2,
+            damaged: Some("context 3, the older one".to_owned()),
             lost_ns: 0,
             lost_links: Some(0),
             resume_ns: Some(9_000_000),
@@ -360,6 +364,7 @@ mod tests {
             "&lt;db&gt;",
             "tick 3 &amp; 4",
             "resume.clear+1",
+            "damaged: context 3, the older one",
             "1 times something",
         ] {
             assert!(page.contains(words), "{words}: {page}");

@@ -9,6 +9,7 @@ use guests::random::SplitMix64;
 use serde::{Deserialize, Serialize};
 use vfs::cut::point::{CutAt, Fault, NoSuchPoint, Point};
 
+use super::damage::Damage;
 use crate::machine::config::ByteSize;
 
 /// Without a hold-up, a cut at random comes so long after the signal at most: as long as most freezes take, and as long again.
@@ -168,6 +169,8 @@ pub struct OutagePlan {
     pub again: Vec<CutAt>,
     /// What its medium does meanwhile.
     pub fault: Option<Fault>,
+    /// What is damaged between the cut and the return.
+    pub damage: Option<Damage>,
     /// The VM is made anew before it: one slot of its context is good then, and both after a freeze.
     pub fresh: bool,
 }
@@ -182,6 +185,7 @@ impl Default for OutagePlan {
             back: None,
             again: Vec::new(),
             fault: None,
+            damage: None,
             fresh: false,
         }
     }
@@ -203,6 +207,7 @@ pub(super) struct Drawn {
     /// And those after it.
     pub(super) again: Vec<CutAt>,
     pub(super) fault: Option<Fault>,
+    pub(super) damage: Option<Damage>,
     /// The VM is made anew before it.
     pub(super) birth: bool,
     /// It is not to come before there is a generation to go back to.
@@ -278,6 +283,7 @@ impl OutagePlan {
             armed,
             again,
             fault,
+            damage: self.damage,
             birth,
             needs_generation,
             loss_seed,

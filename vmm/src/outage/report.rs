@@ -95,6 +95,8 @@ pub struct VmOutage {
     pub went_on: WentOnFrom,
     /// How many times it was started until it ran.
     pub attempts: u32,
+    /// What was damaged between the cut and its return, in words.
+    pub damaged: Option<String>,
     /// Work that was done and is not, in nanoseconds, at most: time in which it was dark counts, too.
     pub lost_ns: u64,
     /// The same in links of the guest's chain.

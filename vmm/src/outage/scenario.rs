@@ -23,6 +23,7 @@
 //!   `after-holdup`, a point, `random`, `unannounced`, `never`), `flaps` (so many signals before, after each of which the power comes back), `back`
 //!   (when it does, for `flaps` and `never`; default: drawn from the hold-up), `again` (points at which the VM is cut off on its way back, one for each
 //!   attempt), `fault` (`io-error@POINT`, `full@POINT`, `slow:20ms@POINT`, `lies@POINT`: what the medium does from that point to the next),
+//!   `damage` (`context-slot`, `newer-slot`, `older-slot`: of two slots of the context that are good one is damaged before the return),
 //!   `fresh` (all VMs are made anew before it).
 
 use std::time::Duration;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use vfs::cut::point::{CutAt, Fault};
 
+use super::damage::Damage;
 use super::plan::{Cut, HoldUpLength, Moment, OutagePlan, VmPlan};
 
 /// A scenario as it is written.
@@ -59,6 +61,7 @@ struct WrittenOutage {
     #[serde(default)]
     again: Vec<String>,
     fault: Option<String>,
+    damage: Option<String>,
     #[serde(default)]
     fresh: bool,
 }
@@ -145,6 +148,7 @@ impl WrittenOutage {
             back,
             again: again.filter_map(Result::transpose).collect::<Result<_, _>>()?,
             fault: read::<Fault>(number, "fault", self.fault.as_ref())?,
+            damage: read::<Damage>(number, "damage", self.damage.as_ref())?,
             fresh: self.fresh,
         })
     }
@@ -182,6 +186,7 @@ mod tests {
             (r#"{"outages": [{}, {"holdup": "16"}]}"#, "outage 2: holdup"),
             (r#"{"outages": [{"again": ["x"]}]}"#, "outage 1: again"),
             (r#"{"outages": [{"fault": "fire@freeze.stamp"}]}"#, "outage 1: fault"),
+            (r#"{"outages": [{"damage": "all"}]}"#, "outage 1: damage"),
             (r#"{"outages": [{"back": "-"}]}"#, "outage 1: back"),
             (r#"{"outages": [{"when": "2s"}]}"#, "not a scenario"),
         ] {

@@ -10,6 +10,7 @@ use vfs::cut::point::CutAt;
 use super::OutageError;
 use super::account::{Aftermath, Darkness, account, problems_of, ran_on, went_back_to};
 use super::copy::copy_vm;
+use super::damage::listed;
 use super::ground::Ground;
 use super::interrupt::Interrupt;
 use super::life::{Doom, Life, was_cut};
@@ -205,7 +206,8 @@ impl Simulation {
             }
             for subject in &mut self.subjects {
                 let Some(status) = subject.life.as_mut().and_then(|life| life.ended()) else { continue };
-                if was_cut(status) && drawn.armed.is_some() {
+                // A point may be one that is passed as a VM runs already: its process may have survived the outage before.
+                if was_cut(status) && subject.doomed {
                     return Ok(());
                 }
                 let words = subject.life.as_ref().map(|life| life.complaints()).unwrap_or_default();
@@ -269,7 +271,7 @@ impl Simulation {
             dark.answers = warning.finish();
             dark.flaps += 1;
         }
-        if drawn.cut == DrawnCut::Never {
+        if drawn.cut == DrawnCut::Never && !self.subjects.iter_mut().any(Subject::cut_itself_off) {
             return Ok(dark);
         }
         // The power came back since.
@@ -332,18 +334,7 @@ impl Simulation {
             let lost = self.ground.lose(drawn.loss_seed.wrapping_add(attempt as u64))?;
             loss.lost += lost.lost;
             loss.lost_names += lost.lost_names;
-            let mut ways = Vec::new();
-            for (index, subject) in self.subjects.iter_mut().enumerate() {
-                let way = subject.way(&pool)?;
-                match aftermath.get_mut(index) {
-                    Some(aftermath) => aftermath.attempts += 1,
-                    None => aftermath.push(Aftermath::new(way.clone(), subject)),
-                }
-                ways.push(way);
-            }
-            if let Some(first) = aftermath.first_mut() {
-                first.problems.extend(problems_of(&pool).into_iter().filter(|problem| !self.known.contains(problem)));
-            }
+            let ways = self.survivors(drawn, &mut aftermath)?;
             let again = drawn.again.get(attempt).copied();
             let doom = match again {
                 Some(cut_at) => Doom { cut_at: Some(cut_at), fault: None },
@@ -360,6 +351,39 @@ impl Simulation {
             }
         }
         Ok(aftermath)
+    }
+
+    /// What each VM can go on from after a cut, and what of that is not as it must be. After the first cut of an outage a slot of its
+    /// context may be damaged, too.
+    fn survivors(&self, drawn: &Drawn, aftermath: &mut Vec<Aftermath>) -> Result<Vec<Way>, OutageError> {
+        let pool = self.pool();
+        let mut ways = Vec::new();
+        for (index, subject) in self.subjects.iter().enumerate() {
+            let mut way = subject.way(&pool)?;
+            if let Some(aftermath) = aftermath.get_mut(index) {
+                aftermath.attempts += 1;
+                ways.push(way);
+                continue;
+            }
+            let damaged = match drawn.damage {
+                Some(damage) => damage.inflict(&pool, &subject.name, &way, drawn.loss_seed)?,
+                None => None,
+            };
+            let mut problems = Vec::new();
+            if let Some(damaged) = &damaged {
+                way = subject.way(&pool)?;
+                problems.extend(damaged.wrong(&way));
+                if way == Way::Boot {
+                    problems.extend(damaged.unsaid(&listed(&pool)?));
+                }
+            }
+            aftermath.push(Aftermath { damaged, problems, ..Aftermath::new(way.clone(), subject) });
+            ways.push(way);
+        }
+        if let Some(first) = aftermath.first_mut() {
+            first.problems.extend(problems_of(&pool).into_iter().filter(|problem| !self.known.contains(problem)));
+        }
+        Ok(ways)
     }
 
     /// What processes left goes into the transcripts.
@@ -391,6 +415,11 @@ impl Simulation {
                 let id = went_back_to(&life.complaints());
                 let id = id.or_else(|| again.map(|_| newest.id.to_string()));
                 aftermath.recovered = id.map(|id| (id, newest.time_ms)).or(aftermath.recovered.take());
+            }
+            if let (Way::Recover(_), 1, None, Some(damaged)) =
+                (way, aftermath.attempts, life.ended(), &aftermath.damaged)
+            {
+                aftermath.problems.extend(damaged.unsaid(&life.complaints()));
             }
             match (life.ended(), again) {
                 (Some(status), Some(point)) if was_cut(status) => {

@@ -9,7 +9,7 @@ use snapshot::Generation;
 use super::OutageError;
 use super::interrupt::Interrupt;
 use super::judge::Transcript;
-use super::life::{Doom, Life};
+use super::life::{Doom, Life, was_cut};
 use crate::persistence::generations::{self, family};
 use crate::persistence::recovery::{Doubt, assess};
 use crate::persistence::regions::{RegionsError, VmRegions};
@@ -31,6 +31,17 @@ pub(super) enum Way {
     Boot,
 }
 
+impl Way {
+    /// In words.
+    pub(super) fn words(&self) -> String {
+        match self {
+            Self::Resume(sequence) => format!("context {sequence}"),
+            Self::Recover(newest) => format!("generation {}", newest.id),
+            Self::Boot => "nothing".to_owned(),
+        }
+    }
+}
+
 /// One VM.
 #[derive(Debug)]
 pub(super) struct Subject {
@@ -48,6 +59,8 @@ pub(super) struct Subject {
     pub(super) booted: Instant,
     /// The newest generation that it was said to have.
     pub(super) told_generation: u64,
+    /// It is to cut itself off somewhere.
+    pub(super) doomed: bool,
     /// How it ended while the power was on, which it was not to.
     pub(super) ended_by_itself: Option<String>,
 }
@@ -66,6 +79,7 @@ impl Subject {
             rewinds: 0,
             booted: Instant::now(),
             told_generation: 0,
+            doomed: false,
             ended_by_itself: None,
         }
     }
@@ -118,7 +132,13 @@ impl Subject {
             Way::Resume(_) => &resume[..],
         };
         self.life = Some(Life::begin(pool, record, arguments, doom)?);
+        self.doomed = doom.cut_at.is_some();
         Ok(())
+    }
+
+    /// Whether it has cut itself off, as it was to.
+    pub(super) fn cut_itself_off(&mut self) -> bool {
+        self.doomed && self.life.as_mut().and_then(Life::ended).is_some_and(was_cut)
     }
 
     /// Waits until the guest has said something, or its VMM answers if it never does. How long it took; `None` if it has ended.

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use allocator::{Kind, MediumKind, Pool, Region, RegionName, RegionSpec};
 use devices::virtio::block::SECTOR;
+use vfs::cut::trace::Trace;
 
 use super::regions::{self, RegionsError};
 use crate::machine::config::disks::DiskConfig;
@@ -196,7 +197,9 @@ impl Disks {
             DiskConfig::Pool { name, .. } => {
                 let region = self.region(name)?;
                 let (file, part) = region.share_file()?;
-                Image::new(id, file, part, Blocks::Keep).map(Image::watched).map_err(|source| DiskError::File {
+                let trace = Trace::of(region.path());
+                let image = Image::new(id, file, part, Blocks::Keep);
+                image.map(|image| image.watched().traced(trace)).map_err(|source| DiskError::File {
                     doing: "open",
                     path: region.path().to_owned(),
                     source,

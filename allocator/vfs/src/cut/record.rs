@@ -31,7 +31,7 @@ impl Recorder {
         Ok(Self { file, next: AtomicU64::new(u64::from(std::process::id()) << 32) })
     }
 
-    fn number(&self) -> u64 {
+    pub(super) fn number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
@@ -44,7 +44,13 @@ impl Recorder {
     }
 
     /// Runs a sync. It covers what was recorded before it began, and counts from when it returned.
-    fn sync(&self, kind: Kind, handle: u64, path: &[u8], sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    pub(super) fn sync(
+        &self,
+        kind: Kind,
+        handle: u64,
+        path: &[u8],
+        sync: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
         let number = self.number();
         operation(Operation::Sync)?;
         if is_lied_to() {

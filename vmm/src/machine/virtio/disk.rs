@@ -88,7 +88,8 @@ pub fn attach(number: usize, image: &Arc<Image>, cpus: u32) -> io::Result<Attach
 
 /// Whoever does the I/O, and what tells that something is done.
 fn backend(image: &Arc<Image>) -> io::Result<(Box<dyn BlockBackend>, OwnedFd)> {
-    match Worker::chosen() {
+    // What the kernel does by itself, nobody can tell of.
+    match Worker::chosen().filter(|_| image.trace().is_none()).or(image.trace().map(|_| Worker::Threads)) {
         Some(worker) => open(worker, image),
         None => open(Worker::IoUring, image).or_else(|error| match error.raw_os_error() {
             // Not in this kernel; forbidden (`kernel.io_uring_disabled`, seccomp); too little memory that may be locked.

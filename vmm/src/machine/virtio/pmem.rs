@@ -3,6 +3,8 @@
 //! A thread of its own does that: a medium takes its time, and the device's thread must not wait for it (a freeze waits for that one). What the guest
 //! writes meanwhile may or may not be part of it, as with any memory.
 
+mod traced;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,6 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::super::jail::{self, Role};
 use super::super::memory::{GuestRam, HostMemory};
 use super::Attachment;
+use traced::Traced;
 
 /// A region of the pool as the guest's persistent memory.
 #[derive(Debug)]
@@ -23,6 +26,8 @@ pub struct PersistentMemory {
     mapping: Mapping,
     /// Whether an attempt to make it durable failed. Held while one is under way: one at a time.
     is_lost: Mutex<bool>,
+    /// Who is told of what is made durable, where outages are simulated.
+    traced: Option<Mutex<Traced>>,
 }
 
 impl PersistentMemory {
@@ -32,7 +37,8 @@ impl PersistentMemory {
     /// [`RegionError::Medium`].
     pub fn map(region: Arc<Region>) -> Result<Self, RegionError> {
         let mapping = region.map()?;
-        Ok(Self { region, mapping, is_lost: Mutex::new(false) })
+        let traced = Traced::begin(&region, &mapping)?.map(Mutex::new);
+        Ok(Self { region, mapping, is_lost: Mutex::new(false), traced })
     }
 
     /// Makes durable all that was written so far. Waits for one that is under way.
@@ -45,6 +51,9 @@ impl PersistentMemory {
             return Err(io::Error::other(
                 "an earlier flush failed: what it was to make durable may be lost, and no later one can make up for it",
             ));
+        }
+        if let Some(traced) = &self.traced {
+            traced.lock().unwrap_or_else(PoisonError::into_inner).tell(&self.mapping);
         }
         let persisted = self.region.persist(&self.mapping, Dirty::Unknown);
         persisted.map(drop).map_err(|error| {
@@ -211,6 +220,33 @@ mod tests {
             rustix::io::read(&source, &mut rings).unwrap();
             assert_eq!(u64::from_ne_bytes(rings), 3);
         }
+    }
+
+    #[test]
+    fn where_outages_are_simulated_what_was_flushed_outlives_a_cut_though_its_neighbour_was_written_since() {
+        use vfs::cut::{image::Image, record::Recorder, record::RecordingVfs, trace::Trace};
+        let home = tempfile::tempdir().unwrap();
+        let (root, record) = (home.path().join("pool"), home.path().join("record"));
+        std::fs::create_dir(&root).unwrap();
+        drop(region(&root, MediumKind::File));
+        let taken = Image::take(&root).unwrap();
+        let recorder = Arc::new(Recorder::open(&record).unwrap());
+        let pool = Pool::open(&root, Arc::new(RecordingVfs::new(Arc::clone(&recorder)))).unwrap();
+        let region = Arc::new(Region::open(pool.lease(&"web/log".parse().unwrap()).unwrap()).unwrap());
+        let mut memory = PersistentMemory::map(Arc::clone(&region)).unwrap();
+        let trace = Trace::new(recorder, region.path());
+        memory.traced = Some(Mutex::new(Traced::new(trace, &region, &memory.mapping).unwrap()));
+        write(&memory, 4096, 1);
+        memory.persist().unwrap();
+        write(&memory, 4097, 2);
+        match taken.cut(&std::fs::read(record).unwrap(), 0) {
+            // Linux before 6.5 does not tell of what went past the record.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => return,
+            other => other.unwrap(),
+        };
+        let mut bytes = [0; 2];
+        region.read_at(&mut bytes, 4096).unwrap();
+        assert_eq!(bytes, [1, 0]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use devices::virtio::block::Operation;
 use rustix::fs::FallocateFlags;
+use vfs::cut::trace::Trace;
 
 use super::moment::Changes;
 
@@ -36,6 +37,8 @@ pub struct Image {
     blocks: Blocks,
     /// Which pages change, of a disk that generations hold.
     changes: Option<Arc<Changes>>,
+    /// Who is told of what is done, where outages are simulated.
+    trace: Option<Trace>,
     /// A flush failed.
     lost: AtomicBool,
 }
@@ -50,20 +53,35 @@ impl Image {
         let flushed = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         let (offset, length) = (part.start, part.end.saturating_sub(part.start));
         let (flushed, lost) = (Some(flushed), AtomicBool::new(false));
-        Ok(Self { name, file, flushed, offset, length, blocks, changes: None, lost })
+        Ok(Self { name, file, flushed, offset, length, blocks, changes: None, trace: None, lost })
     }
 
     /// The first `length` bytes of `file`, which are not written.
     #[must_use]
     pub fn read_only(name: String, file: File, length: u64) -> Self {
         let (flushed, lost) = (None, AtomicBool::new(false));
-        Self { name, file, flushed, offset: 0, length, blocks: Blocks::Keep, changes: None, lost }
+        Self { name, file, flushed, offset: 0, length, blocks: Blocks::Keep, changes: None, trace: None, lost }
     }
 
     /// The same, watched for changes from now on: generations hold it.
     #[must_use]
     pub fn watched(self) -> Self {
         Self { changes: Some(Arc::new(Changes::new(self.length))), ..self }
+    }
+
+    /// The same, which tells what is done to its file.
+    #[must_use]
+    pub fn traced(self, trace: Option<Trace>) -> Self {
+        Self { trace, ..self }
+    }
+
+    pub(super) fn trace(&self) -> Option<&Trace> {
+        self.trace.as_ref()
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        let sync = || rustix::fs::fdatasync(file).map_err(io::Error::from);
+        self.trace.as_ref().map_or_else(sync, |trace| trace.sync(sync)).map_err(|error| self.doubt(error))
     }
 
     pub(super) fn changes(&self) -> Option<&Arc<Changes>> {
@@ -107,7 +125,7 @@ impl Image {
     pub fn flush(&self) -> io::Result<()> {
         let Some(flushed) = &self.flushed else { return Ok(()) };
         self.is_believed()?;
-        rustix::fs::fdatasync(flushed).map_err(|error| self.doubt(error.into()))?;
+        self.sync(flushed)?;
         self.is_believed()
     }
 
@@ -138,7 +156,7 @@ impl Image {
             return Ok(());
         }
         self.is_believed()?;
-        rustix::fs::fdatasync(&self.file).map_err(|error| self.doubt(error.into()))?;
+        self.sync(&self.file)?;
         self.is_believed()
     }
 

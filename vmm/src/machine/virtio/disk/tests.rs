@@ -399,3 +399,37 @@ fn what_cannot_be_copied_any_more_has_no_generation_and_what_cannot_be_built_on_
     lab.completions(1);
     assert!(moment.check().is_err() && moment.take(1, &mut [0; 4096]).is_err());
 }
+
+#[test]
+fn where_outages_are_simulated_what_was_flushed_outlives_a_cut_though_its_neighbour_was_written_since() {
+    use vfs::cut::{image, record::Recorder, trace::Trace};
+    let home = tempfile::tempdir().unwrap();
+    let (root, record) = (home.path().join("pool"), home.path().join("record"));
+    std::fs::create_dir(&root).unwrap();
+    let path = root.join("image");
+    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    file.set_len(START + LENGTH).unwrap();
+    file.write_all_at(&[7; 4096], START + 4096).unwrap();
+    file.sync_all().unwrap();
+    let taken = image::Image::take(&root).unwrap();
+    let trace = Trace::new(Arc::new(Recorder::open(&record).unwrap()), &path);
+    let image = Image::new("data".to_owned(), file.try_clone().unwrap(), START..START + LENGTH, Blocks::Keep).unwrap();
+    let image = Arc::new(image.watched().traced(Some(trace)));
+    let (backend, source) = backend(&image).unwrap();
+    let mut lab = Lab::of(backend, source, image, file, home);
+    lab.memory.write_slice(&[1; 1024], GuestAddress(0)).unwrap();
+    lab.write(0, 0, &[segment(0, 512)], true);
+    lab.succeed(1);
+    lab.backend.submit(Token(0), Operation::WriteZeroes { range: 4096..4608, unmap: false });
+    lab.succeed(1);
+    lab.backend.submit(Token(0), Operation::Flush);
+    lab.succeed(1);
+    // Not flushed: in the same pages.
+    lab.write(0, 512, &[segment(512, 512)], false);
+    lab.succeed(1);
+    lab.backend.submit(Token(0), Operation::WriteZeroes { range: 4608..5120, unmap: false });
+    lab.succeed(1);
+    taken.cut(&std::fs::read(record).unwrap(), 0).unwrap();
+    assert_eq!((lab.bytes(0, 512), lab.bytes(512, 512)), (vec![1; 512], vec![0; 512]));
+    assert_eq!((lab.bytes(4096, 512), lab.bytes(4608, 512)), (vec![0; 512], vec![7; 512]));
+}

@@ -4,12 +4,14 @@ use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use devices::virtio::block::{BlockBackend, Completion, Operation, Token};
 use rustix::fs::FallocateFlags;
+use vfs::cut::trace::Trace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::flushes::Flushes;
@@ -120,7 +122,18 @@ impl Shared {
         }
     }
 
+    /// Writes what a trace can be told of: the very bytes, whatever the guest does to its memory meanwhile.
+    fn write_traced(&self, transfer: &Transfer, trace: &Trace) -> io::Result<()> {
+        let bytes = transfer.bytes();
+        self.image.file().0.write_all_at(&bytes, transfer.at)?;
+        trace.wrote(&bytes, transfer.at);
+        Ok(())
+    }
+
     fn transfer(&self, transfer: &mut Transfer) -> io::Result<()> {
+        if let (Direction::Write, Some(trace)) = (transfer.direction, self.image.trace()) {
+            return self.write_traced(transfer, trace);
+        }
         loop {
             let (pieces, descriptor) = (transfer.pieces(), self.image.descriptor());
             let count = libc::c_int::try_from(pieces.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -157,7 +170,11 @@ impl Shared {
         // SAFETY: the descriptor is open for as long as the image.
         let file = unsafe { BorrowedFd::borrow_raw(self.image.descriptor()) };
         let place = self.image.place(range.start);
-        Ok(rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, mode, place, length))?)
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, mode, place, length))?;
+        if let Some(trace) = self.image.trace() {
+            trace.zeroed(&(place..place + length));
+        }
+        Ok(())
     }
 
     fn complete(&self, token: Token, result: io::Result<()>) {

@@ -54,6 +54,16 @@ impl Transfer {
         self.pieces.get(self.next..).unwrap_or_default()
     }
 
+    /// The bytes of the pieces that are left, as they are now: the guest may write to them at any time.
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.pieces().iter().map(|piece| piece.iov_len).sum());
+        for piece in self.pieces() {
+            // SAFETY: guest memory, which `_memory` keeps mapped; volatile, since the guest may write to it meanwhile, and no reference is made.
+            bytes.extend((0..piece.iov_len).map(|at| unsafe { piece.iov_base.cast::<u8>().add(at).read_volatile() }));
+        }
+        bytes
+    }
+
     /// `count` bytes more are done. Whether all are.
     ///
     /// # Errors
