@@ -33,6 +33,7 @@ pub mod catalog;
 pub mod filler;
 pub mod frame;
 pub mod header;
+pub mod journal;
 pub mod lease;
 pub mod medium;
 pub mod name;

@@ -34,11 +34,13 @@ pub enum Kind {
     Pmem,
     /// The log of recoverable memory.
     Log,
+    /// What a freeze found dirty.
+    Journal,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Ram, Self::Swap, Self::Context, Self::Disk, Self::Pmem, Self::Log];
+    pub const ALL: [Self; 7] = [Self::Ram, Self::Swap, Self::Context, Self::Disk, Self::Pmem, Self::Log, Self::Journal];
 
     /// As written in the catalog.
     #[must_use]
@@ -50,6 +52,7 @@ impl Kind {
             Self::Disk => "disk",
             Self::Pmem => "pmem",
             Self::Log => "log",
+            Self::Journal => "journal",
         }
     }
 
@@ -62,6 +65,7 @@ impl Kind {
             Self::Disk => 4,
             Self::Pmem => 5,
             Self::Log => 6,
+            Self::Journal => 7,
         }
     }
 
@@ -384,6 +388,16 @@ impl Region {
         let at = self.locate(offset, bytes.len())?;
         let written = self.lease.file.write_durable_at(bytes, at);
         written.map_err(|source| self.io("write", source))
+    }
+
+    /// Brings the pages of `runs`, ascending, of what was written through `mapping` on their way to the medium, and waits until they are there.
+    /// Others may write meanwhile, to these pages as well. Durable after [`Region::sync`].
+    ///
+    /// # Errors
+    /// [`RegionError::Medium`].
+    pub fn write_behind(&self, mapping: &Mapping, runs: &[Range<u64>]) -> Result<(), RegionError> {
+        let written = medium::write_behind(mapping, &self.backing(), runs);
+        written.map_err(|source| self.medium("write behind", source))
     }
 
     /// Makes what was written durable.

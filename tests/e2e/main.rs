@@ -2,6 +2,7 @@
 //! They run on this machine's `/dev/kvm`, or in the lab where there is none (tests/run chooses).
 
 mod benches;
+mod budget;
 mod console;
 mod damage;
 mod disks;

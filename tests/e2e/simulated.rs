@@ -9,10 +9,10 @@ use crate::pool_bytes::PoolBytes;
 use crate::vm::{COUNTER, MEDIA, SOON, Vm};
 
 /// How long a few dozen outages may take, which take seconds. Far more than that, for machines under load.
-const SOME: Duration = Duration::from_secs(120);
+pub(crate) const SOME: Duration = Duration::from_secs(120);
 
 /// Whether this kernel tells what of a file is on its medium (cachestat, Linux 6.5). The lab's does not; there the power is cut for real.
-fn kernel_tells() -> bool {
+pub(crate) fn kernel_tells() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     let version = (numbers.next().unwrap(), numbers.next().unwrap());
@@ -36,7 +36,7 @@ fn without_violation(ended: Ended) -> Value {
 }
 
 #[track_caller]
-fn scenario(perdure: &Perdure, scenario: &Value, limit: Duration) -> Value {
+pub(crate) fn scenario(perdure: &Perdure, scenario: &Value, limit: Duration) -> Value {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("scenario.json");
     std::fs::write(&path, scenario.to_string()).unwrap();

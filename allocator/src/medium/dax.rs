@@ -195,6 +195,15 @@ pub(super) fn persist(mapping: &Mapping, backing: &Backing<'_>, dirty: Dirty<'_>
     Ok(Some(pages))
 }
 
+/// The lines of these pages of the mapping, which must lie in it; they are durable when this returns.
+pub(super) fn write_back_runs(mapping: &Mapping, found: &[std::ops::Range<u64>]) {
+    for run in found {
+        let (start, end) = (run.start * PAGE_SIZE, run.end * PAGE_SIZE);
+        write_back_range(mapping, start as usize..end as usize);
+    }
+    fence();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::time::Duration;
@@ -310,8 +311,28 @@ pub(crate) fn persist(mapping: &Mapping, backing: &Backing<'_>, dirty: Dirty<'_>
     }
 }
 
+/// See [`crate::Region::write_behind`]. Few pages at a time: whoever flushes something else meanwhile waits behind them.
+pub(crate) fn write_behind(mapping: &Mapping, backing: &Backing<'_>, found: &[Range<u64>]) -> Result<(), MediumError> {
+    let pages = mapping.length as u64 / PAGE_SIZE;
+    if let Some(beyond) = found.iter().find(|run| run.start > run.end || run.end > pages) {
+        let source = io::Error::other(format!("pages {beyond:?} of {pages}"));
+        return Err(backing.io("find the pages in")(source));
+    }
+    match mapping.medium {
+        MediumKind::Dax => {
+            dax::write_back_runs(mapping, found);
+            Ok(())
+        }
+        MediumKind::File => file::push(backing, found),
+        MediumKind::Nvdimm => {
+            nvdimm::save(mapping, backing, found.iter().cloned())?;
+            file::push(backing, found)
+        }
+    }
+}
+
 /// Runs of set bits as ranges of pages, ascending, none touching the next; below `pages`.
-pub(crate) fn runs(bitmap: &[u64], pages: u64) -> impl Iterator<Item = std::ops::Range<u64>> + '_ {
+pub(crate) fn runs(bitmap: &[u64], pages: u64) -> impl Iterator<Item = Range<u64>> + '_ {
     let bits = (bitmap.len() as u64).saturating_mul(64).min(pages);
     // The first bit from `from` on that is `set`, else `bits`.
     let find = move |from: u64, set: bool| {

@@ -44,7 +44,11 @@ pub(super) fn persist(mapping: &Mapping, backing: &Backing<'_>, dirty: Dirty<'_>
     Ok(saved)
 }
 
-fn save(mapping: &Mapping, backing: &Backing<'_>, found: impl Iterator<Item = Range<u64>>) -> Result<u64, MediumError> {
+pub(super) fn save(
+    mapping: &Mapping,
+    backing: &Backing<'_>,
+    found: impl Iterator<Item = Range<u64>>,
+) -> Result<u64, MediumError> {
     let Some(image) = backing.file.descriptor() else {
         let path = backing.path.to_owned();
         return Err(MediumError::NotMappable { path });

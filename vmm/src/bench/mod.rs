@@ -1,6 +1,7 @@
 //! Measures what the README promises: distributions, never single numbers, with the conditions they were taken under.
 //!
 //! * [`freeze`]: from the power-fail signal until everything is durable.
+//! * [`holdup`]: what a hold-up costs the guest, and whether freezes fit into it.
 //! * [`resume`]: from the start of the process to the guest's first output; cold starts; the VMM's own memory.
 //! * [`lazy`]: a VM that goes back to a generation, before its memory is restored and after.
 //! * [`paging`]: a working set beyond memory, against the kernel's swap.
@@ -16,6 +17,7 @@
 
 pub mod alternatives;
 pub mod freeze;
+pub mod holdup;
 pub mod lazy;
 pub mod paging;
 pub mod patterns;
@@ -187,7 +189,13 @@ impl BenchPool {
     /// # Errors
     /// [`BenchError::Regions`].
     pub fn vm(&self, name: &str, shape: &Shape, guest: &str, cmdline: &str) -> Result<VmRegions, BenchError> {
-        let config = VmConfig {
+        Ok(VmRegions::create(&self.pool, name, &Self::config(shape, guest, cmdline))?)
+    }
+
+    /// What a VM with an embedded guest is made of.
+    #[must_use]
+    pub fn config(shape: &Shape, guest: &str, cmdline: &str) -> VmConfig {
+        VmConfig {
             cpus: shape.cpus,
             memory: shape.memory,
             ram: shape.ram,
@@ -196,8 +204,7 @@ impl BenchPool {
             cmdline: cmdline.to_owned(),
             serial: SerialTarget::Stdio,
             ..VmConfig::default()
-        };
-        Ok(VmRegions::create(&self.pool, name, &config)?)
+        }
     }
 }
 

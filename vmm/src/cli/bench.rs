@@ -1,5 +1,6 @@
 //! `perdure bench`
 
+mod holdup;
 mod memory;
 mod recoverable;
 
@@ -28,6 +29,9 @@ pub(super) struct Args {
 enum What {
     /// From the power-fail signal until everything is durable
     Freeze(FreezeArgs),
+    /// What a hold-up costs a guest that writes as fast as it can, and whether its freezes fit (`perdure run --holdup`)
+    #[command(name = "holdup")]
+    HoldUp(holdup::HoldUpArgs),
     /// From the start of the process to the guest's first output; cold starts; the VMM's own memory
     Resume(ResumeArgs),
     /// Going back to a generation before its memory is restored, and after: first output, and all of the memory
@@ -159,6 +163,7 @@ impl Common {
 pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> {
     match &args.what {
         What::Freeze(args) => freeze(&environment.pool, args),
+        What::HoldUp(args) => holdup::holdup(&environment.pool, args),
         What::Resume(args) => resume(&environment.pool, args),
         What::Lazy(args) => lazy(&environment.pool, args),
         What::Snapshot(args) => snapshot(&environment.pool, args),

@@ -78,6 +78,22 @@ pub(super) fn run(environment: &Environment, args: &Args) -> anyhow::Result<()> 
 }
 
 impl Inspection {
+    /// How the VM keeps within its hold-up, if it runs.
+    fn holdup(&self, length: String) -> String {
+        let Some(status) = self.survey.status.as_ref().and_then(|status| status.holdup.as_ref()) else { return length };
+        if let Some(why) = &status.unbounded {
+            return format!("{length}, which nothing bounds any more: {why}");
+        }
+        let freezes = status.met + status.missed;
+        format!(
+            "{length}: {} of {} may be dirty; an empty freeze takes {}; {} of {freezes} freezes were in time",
+            output::bytes(status.unflushed),
+            output::bytes(status.limit),
+            output::time(status.fixed_ns),
+            status.met
+        )
+    }
+
     fn print(&self) -> anyhow::Result<()> {
         let line = |what: &str, value: String| say!("{what:<11} {value}");
         line("name", self.survey.name.clone());
@@ -97,6 +113,9 @@ impl Inspection {
             line("memory", config.memory.to_string());
             line("kernel", serde_json::to_string(&config.kernel)?);
             line("cmdline", config.cmdline.clone());
+            if let Some(holdup) = config.holdup_us {
+                line("hold-up", self.holdup(output::time(holdup * 1000)));
+            }
             if let Some(balloon) = self.survey.status.as_ref().and_then(|status| status.balloon) {
                 let (actual, target) = (output::bytes(balloon.actual), output::bytes(balloon.target));
                 line("balloon", format!("{actual}, to be {target}"));

@@ -41,7 +41,7 @@ enum What {
 #[derive(Debug, clap::Args)]
 struct RunArgs {
     /// A copy of this VM, which must not run; without a name: a new one with an embedded guest
-    #[arg(conflicts_with_all = ["guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots"])]
+    #[arg(conflicts_with_all = ["guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots", "budget"])]
     name: Option<String>,
     /// An embedded guest [default: counter]
     #[arg(long, value_name = "GUEST")]
@@ -70,6 +70,9 @@ struct RunArgs {
     /// From the signal to darkness, as in 16ms (ATX power supplies give 11 to 17 ms); none: as long as the freeze takes
     #[arg(long, value_name = "TIME|none", default_value = "16ms")]
     holdup: HoldUpLength,
+    /// Its VM keeps within the hold-up (`perdure run --holdup`): what is dirty is bounded, so that each freeze fits
+    #[arg(long)]
+    budget: bool,
     /// When darkness comes: after-holdup; at:PHASE (as in at:freeze.context, at:resume.clear+2: before the second write after it); random (within
     /// the hold-up, or without a signal); unannounced; never (the power comes back within the hold-up)
     #[arg(long, value_name = "WHEN", default_value = "after-holdup")]
@@ -100,7 +103,7 @@ struct RunArgs {
     /// warned first). Outages: at, holdup, cut, flaps (signals before it, after each of which the power comes back), back (when it does), again
     /// (where the VM is cut off on its way back, one for each attempt), fault, damage,
     /// fresh (all VMs are made anew before it).
-    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["name", "guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots", "at", "holdup", "cut", "fault", "damage", "repeat"])]
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["name", "guest", "cmdline", "memory", "cpus", "medium", "snapshot_every", "max_snapshots", "at", "holdup", "budget", "cut", "fault", "damage", "repeat"])]
     scenario: Option<PathBuf>,
     /// Write a page about it: a time line of each outage, and distributions
     #[arg(long, value_name = "FILE.html")]
@@ -120,6 +123,7 @@ impl RunArgs {
             medium: self.medium,
             snapshot_every: Some(self.snapshot_every.clone()),
             max_snapshots: self.max_snapshots,
+            holdup: self.holdup.0.filter(|_| self.budget).map(|holdup| humantime::format_duration(holdup).to_string()),
             priority: 0,
         }
     }

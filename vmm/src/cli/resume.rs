@@ -14,6 +14,7 @@ use crate::machine::config::net::NetConfig;
 use crate::machine::config::vsock::VsockConfig;
 use crate::machine::config::{ByteSize, SerialTarget, VmConfig};
 use crate::machine::time::nanoseconds;
+use crate::outage::plan::HoldUpLength;
 use crate::persistence::disks::check_left_behind;
 use crate::persistence::recovery::{Doubt, assess};
 use crate::persistence::regions::{RegionsError, VmRegions, region_name};
@@ -54,6 +55,9 @@ pub(super) struct Args {
     /// A VM that swaps gets a larger swap region first, as in 8G: for one whose guest waits since RAM and swap are full
     #[arg(long, value_name = "SIZE", conflicts_with = "all")]
     swap: Option<ByteSize>,
+    /// A freeze is to fit into this from now on, as in 16ms (see `perdure run --help`); none: no matter how long it takes
+    #[arg(long, value_name = "TIME|none", conflicts_with = "all")]
+    holdup: Option<HoldUpLength>,
     /// Move its network card to another tap, as in tap=vm1; once for each card that it has, in their order. Their addresses stay
     #[arg(long, value_name = "tap=NAME", conflicts_with = "all")]
     net: Vec<NetConfig>,
@@ -108,6 +112,9 @@ fn one(environment: &Environment, pool: &Pool, regions: VmRegions, args: &Args) 
 fn here(pool: &Pool, args: &Args, mut regions: VmRegions) -> anyhow::Result<ExitCode> {
     let mut config = regions.config().clone();
     config.swap = args.swap.or(config.swap);
+    if let Some(holdup) = args.holdup {
+        config.holdup_us = holdup.microseconds();
+    }
     move_cards(&mut config, regions.name(), &args.net)?;
     move_sockets(&mut config, regions.name(), args.vsock.as_ref())?;
     args.generations.configure(&mut config);
@@ -202,7 +209,8 @@ fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>, args: &Args) -> any
     }
     let mut progress = Progress::new(format!("restoring {name} ({})", output::bytes(regions.config().memory.0)));
     let mut on_progress = |done, total| progress.pages(done, total);
-    let mut pages = if args.lazy && can_be_lazy() { Pages::Later } else { Pages::Now(&mut on_progress) };
+    let bounded = args.holdup.map_or(regions.config().holdup_us, HoldUpLength::microseconds).is_some();
+    let mut pages = if args.lazy && can_be_lazy(bounded) { Pages::Later } else { Pages::Now(&mut on_progress) };
     let restored = match back {
         Some(Back { id, discard }) => {
             let id = lineage::id(name, id)?;
@@ -236,8 +244,14 @@ fn prepare(pool: &Pool, name: &str, back: Option<&Back<'_>>, args: &Args) -> any
     Ok(Prepared { regions, restored: true })
 }
 
-/// Whether memory can come while a VM runs; says why not.
-fn can_be_lazy() -> bool {
+/// Whether memory can come while a VM runs, which has a hold-up if it is `bounded`; says why not.
+fn can_be_lazy(bounded: bool) -> bool {
+    if bounded {
+        eprintln!(
+            "perdure: --lazy is not for a VM with a hold-up, which bounds what is dirty: all memory is restored first"
+        );
+        return false;
+    }
     match on_demand::available() {
         Ok(()) => true,
         Err(error) => {

@@ -13,6 +13,7 @@ use crate::machine::config::net::NetConfig;
 use crate::machine::config::pmem::PmemConfig;
 use crate::machine::config::vsock::VsockConfig;
 use crate::machine::config::{ByteSize, ClockPolicy, ConsoleDevice, Kernel, SCHEMA, SerialTarget, VmConfig};
+use crate::outage::plan::HoldUpLength;
 use crate::persistence::recovery::assess;
 use crate::persistence::regions::{RegionsError, VmRegions};
 use crate::supervisor::launch::NAME;
@@ -73,6 +74,13 @@ pub(super) struct Args {
     /// What its regions lie on: file, dax or nvdimm [default: the pool's]
     #[arg(long, value_name = "MEDIUM")]
     medium: Option<MediumKind>,
+    /// A freeze is to fit into this, as in 16ms: what is not durable is kept below what fits, at the guest's expense; none takes that back
+    ///
+    /// How much fits is measured on the VM's medium when it starts; a time into which not even an empty freeze fits is refused. Pages are flushed behind
+    /// the guest, and a guest that dirties them more quickly waits. At the freeze what is dirty goes into a journal (the region VM/journal), in one
+    /// stream; `perdure inspect` tells how much may be dirty, how much is, and whether each freeze was in time.
+    #[arg(long, value_name = "TIME|none")]
+    holdup: Option<HoldUpLength>,
     /// A disk, as in data:10G (in the pool), ./disk.img or /srv/disk.img,ro (a raw image); again for each further one
     ///
     /// The guest finds them as /dev/vda, /dev/vdb, … (virtio-blk), in the order given. NAME:SIZE is the region VM/NAME of the pool: made
@@ -294,6 +302,9 @@ impl Args {
         config.console = self.console.unwrap_or(config.console);
         config.rng |= self.rng;
         config.balloon |= self.balloon;
+        if let Some(holdup) = self.holdup {
+            config.holdup_us = holdup.microseconds();
+        }
         if !self.disks.is_empty() {
             config.disks = self.disks.iter().map(absolute).collect::<anyhow::Result<_>>()?;
         }

@@ -95,7 +95,7 @@ pub(super) fn names(pool: &Pool) -> BTreeSet<String> {
         let part = match region.kind {
             Kind::Ram => "/ram",
             Kind::Context => "/context",
-            Kind::Swap | Kind::Disk | Kind::Pmem | Kind::Log => return None,
+            Kind::Swap | Kind::Disk | Kind::Pmem | Kind::Log | Kind::Journal => return None,
         };
         region.name.to_string().strip_suffix(part).map(str::to_owned)
     };

@@ -164,6 +164,7 @@ impl Look {
             let (now, before) = (count(&paged?.counts), before.map_or(0, |before| count(&before.counts)));
             Some(now.checked_sub(before).unwrap_or(now) as f64 / seconds)
         };
+        let holdup = vm.status.as_ref().and_then(|status| status.holdup.as_ref());
         Row {
             name: vm.name.clone(),
             state: vm.state.word().to_owned(),
@@ -175,7 +176,7 @@ impl Look {
             mrr: paged.map(|paged| paged.residence),
             hard_faults_per_second: rate(PagingStatus::awaited),
             soft_faults_per_second: rate(|counts| counts.soft_faults),
-            dirty: self.dirty.get(&vm.name).copied(),
+            dirty: holdup.map(|holdup| holdup.unflushed).or_else(|| self.dirty.get(&vm.name).copied()),
             generation_age_ms: vm.generations.as_ref().map(|all| all.newest_age_ms),
         }
     }

@@ -11,6 +11,7 @@ pub mod vsock;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use allocator::MediumKind;
 use allocator::paging::Geometry;
@@ -215,6 +216,9 @@ pub struct VmConfig {
     /// Sockets between it and the host (virtio-vsock).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// What is not durable is kept so little that a freeze takes no longer than this, in microseconds; not bounded if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holdup_us: Option<u64>,
     /// A generation is taken each time this many milliseconds have passed; `None`: only when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_every_ms: Option<u64>,
@@ -245,6 +249,7 @@ impl Default for VmConfig {
             balloon: false,
             net: Vec::new(),
             vsock: None,
+            holdup_us: None,
             snapshot_every_ms: None,
             family: None,
             generations: GenerationsConfig::default(),
@@ -292,6 +297,14 @@ pub enum ConfigError {
     /// Generations at no interval.
     #[error("--snapshot-every {0} ms: from {MIN_INTERVAL_MS} ms on")]
     Interval(u64),
+    /// A hold-up that is none, or an age.
+    #[error("--holdup {0} µs: from {MIN_HOLDUP_US} µs to {MAX_HOLDUP_US} µs")]
+    HoldUp(u64),
+    /// A hold-up of memory that is swapped.
+    #[error(
+        "--holdup is for a VM whose memory is all RAM: with --ram, a freeze writes more than what its budget counts"
+    )]
+    HoldUpPaged,
     /// Disks.
     #[error(transparent)]
     Disks(#[from] DisksError),
@@ -314,6 +327,10 @@ pub enum ConfigError {
 
 /// Generations cannot follow one another more quickly than this, in milliseconds.
 pub const MIN_INTERVAL_MS: u64 = 10;
+/// The shortest hold-up that can be asked for, in microseconds.
+pub const MIN_HOLDUP_US: u64 = 100;
+/// The longest: a minute, in microseconds.
+pub const MAX_HOLDUP_US: u64 = 60_000_000;
 /// As many as the xAPIC IDs of the MADT reach.
 pub const MAX_CPUS: u32 = 254;
 /// Enough for the tables that a boot needs.
@@ -337,6 +354,7 @@ impl VmConfig {
             return Err(ConfigError::Memory(memory));
         }
         self.validate_ram()?;
+        self.validate_holdup()?;
         disks::validate(&self.disks)?;
         pmem::validate(&self.pmem, &self.disks, memory)?;
         if let Some(interval) = self.snapshot_every_ms.filter(|interval| *interval < MIN_INTERVAL_MS) {
@@ -355,6 +373,14 @@ impl VmConfig {
                 let known: Vec<_> = guests::all().iter().map(|guest| guest.name).collect();
                 Err(ConfigError::Guest { name: name.clone(), known: known.join(", ") })
             }
+            _ => Ok(()),
+        }
+    }
+
+    fn validate_holdup(&self) -> Result<(), ConfigError> {
+        match self.holdup_us {
+            Some(holdup) if !(MIN_HOLDUP_US..=MAX_HOLDUP_US).contains(&holdup) => Err(ConfigError::HoldUp(holdup)),
+            Some(_) if self.geometry().is_some() => Err(ConfigError::HoldUpPaged),
             _ => Ok(()),
         }
     }
@@ -380,6 +406,12 @@ impl VmConfig {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The time within which a freeze is to be done.
+    #[must_use]
+    pub fn holdup(&self) -> Option<Duration> {
+        self.holdup_us.map(Duration::from_micros)
     }
 
     /// The files outside of the pool that it is made of.

@@ -7,7 +7,11 @@
 //! In place of KVM's dirty log the kernel's own may be asked: `PAGEMAP_SCAN` over memory that is write-protected asynchronously
 //! ([`allocator::medium::write_watch`]). See [`Witness`] for which one is chosen.
 //!
+//! A VM that has a hold-up has dirty rings in place of KVM's log ([`told`]): they bound what is dirty, and two listen to them.
+//!
 //! Pages are numbered as they lie in the RAM region, one slot behind the other, not by guest address.
+
+pub(super) mod told;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,6 +20,7 @@ use allocator::medium::write_watch;
 
 use super::kvm::{KvmError, Vm};
 use super::memory::GuestRam;
+pub use told::{Standing, UnflushedPages};
 
 /// A set of page numbers below a bound: a bit each.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -177,6 +182,13 @@ impl Witness {
     }
 }
 
+/// How many entries the ring of each of `cpus` vCPUs is to have where `pages` may be dirty. The larger, the more pages stay writable: what fits in
+/// the rings is told once. But there must be room for two rings full ([`told`]).
+pub(super) fn ring_entries(pages: u64, cpus: u32) -> u32 {
+    let most = u32::try_from(pages / 2 / u64::from(cpus.max(1))).unwrap_or(u32::MAX).max(1);
+    1 << most.ilog2()
+}
+
 /// Tells which pages of a machine's RAM changed. Clones ask the same machine; what one was told the other is not.
 #[derive(Debug, Clone)]
 pub struct DirtyTracker {
@@ -200,6 +212,10 @@ impl DirtyTracker {
     /// # Errors
     /// [`KvmError::Ioctl`].
     pub fn enable(&self) -> Result<(), KvmError> {
+        if self.vm.rings().is_some() {
+            self.ram.told().watch(self.ram.pages());
+            return Ok(());
+        }
         match self.ram.witness() {
             Witness::KvmLog => self.vm.log_dirty_pages(),
             Witness::PagemapScan => self.ram.watch().map_err(failed("write-protecting RAM (UFFDIO_WRITEPROTECT)")),
@@ -214,6 +230,9 @@ impl DirtyTracker {
     /// # Errors
     /// [`KvmError::Ioctl`]: what was told so far is in `into`, and what was not will be told again.
     pub fn collect(&self, into: &mut PageSet) -> Result<(), KvmError> {
+        if self.vm.rings().is_some() {
+            return self.ram.told().collect(&self.vm, into);
+        }
         match self.ram.witness() {
             Witness::KvmLog => self.vm.take_dirty_pages(into)?,
             Witness::PagemapScan => {

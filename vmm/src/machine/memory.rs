@@ -10,7 +10,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Gues
 
 use super::boot::layout;
 pub use super::boot::layout::PAGE_SIZE;
-use super::dirty::{PageSet, Witness};
+use super::dirty::told::Told;
+use super::dirty::{PageSet, Witness, ring_entries};
 
 /// Host memory that a guest may be given.
 ///
@@ -165,6 +166,7 @@ pub struct GuestRam {
     pmem: Vec<Pmem>,
     witness: Witness,
     watch: OnceLock<Vec<WriteWatch>>,
+    told: Told,
 }
 
 impl GuestRam {
@@ -216,7 +218,7 @@ impl GuestRam {
         }
         let memory = GuestMemory::from_regions(regions).map_err(|_| MemoryError::Place(size))?;
         let witness = if host.is_fixed() { witness } else { Witness::KvmLog };
-        Ok(Arc::new(Self { memory, ranges, host, pmem, witness, watch: OnceLock::new() }))
+        Ok(Arc::new(Self { memory, ranges, host, pmem, witness, watch: OnceLock::new(), told: Told::default() }))
     }
 
     /// Where all of it lies: RAM, and behind it persistent memory.
@@ -328,6 +330,17 @@ impl GuestRam {
             }
             offset += range.length;
         }
+    }
+
+    /// No more than some `pages` of it are to be dirty: what `cpus` vCPUs write is told by rings that bound it. Before a machine is put together
+    /// over it; the first time counts.
+    pub fn bound_dirty_pages(&self, pages: u64, cpus: u32) {
+        self.told.want_rings(ring_entries(pages, cpus));
+    }
+
+    /// What was told of changed pages and is not yet dealt with, where there are dirty rings.
+    pub(super) fn told(&self) -> &Told {
+        &self.told
     }
 
     /// Who sees the guest's writes.

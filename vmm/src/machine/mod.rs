@@ -41,7 +41,7 @@ use boot::{BootError, BootSpec, Entry, KernelSource};
 use bus::Buses;
 use config::{Kernel, VmConfig};
 use devices::{DeviceError, Devices};
-use dirty::DirtyTracker;
+use dirty::{DirtyTracker, UnflushedPages};
 use kvm::vcpu::{Accesses, VcpuEvents};
 use kvm::vm::Outage;
 use kvm::{Host, KvmError, Vcpu, VcpuEvent, VcpuFailure, VcpuStateV1, Vm, VmStateV1, cpuid, registers};
@@ -158,7 +158,7 @@ impl Machine {
         if config.cpus as usize > most {
             return Err(KvmError::TooManyCpus { asked: config.cpus, most }.into());
         }
-        let vm = Vm::create(&host, &ram)?;
+        let vm = Vm::create(&host, &ram, ram.told().ring_entries())?;
         let mut attachments: Vec<_> = wiring.attachments.into_iter().chain(virtio::built_in(config)).collect();
         let balloon = config.balloon.then(|| virtio::balloon::attach(&ram)).transpose();
         let balloon = balloon.map_err(|source| DeviceError::Bell { device: "balloon", source })?;
@@ -373,6 +373,12 @@ impl Machine {
     #[must_use]
     pub fn dirty_tracker(&self) -> DirtyTracker {
         DirtyTracker::new(self.vm.clone(), Arc::clone(&self.ram))
+    }
+
+    /// The pages of its memory that are not durable, where it has a hold-up.
+    #[must_use]
+    pub fn unflushed_pages(&self) -> Option<UnflushedPages> {
+        UnflushedPages::of(&self.vm)
     }
 
     /// Its memory.

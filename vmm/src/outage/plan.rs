@@ -72,6 +72,14 @@ fn between(random: &mut SplitMix64, from: Duration, to: Duration) -> Duration {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HoldUpLength(pub Option<Duration>);
 
+impl HoldUpLength {
+    /// In microseconds, as a configuration has it.
+    #[must_use]
+    pub fn microseconds(self) -> Option<u64> {
+        self.0.map(|length| u64::try_from(length.as_micros()).unwrap_or(u64::MAX))
+    }
+}
+
 impl FromStr for HoldUpLength {
     type Err = humantime::DurationError;
 
@@ -146,7 +154,9 @@ pub(super) fn where_passed(point: Point) -> Where {
         P::GenerationPages | P::GenerationDurable | P::GenerationCommit | P::GenerationDone => Where::Life,
         P::PurgeRecord | P::PurgeSweep => Where::Life,
         P::FreezeSignal | P::FreezeStill | P::FreezePersist | P::FreezeDisks => Where::Freeze,
+        P::FreezeJournaled => Where::Freeze,
         P::FreezeContext | P::FreezeStamp | P::FreezeDone | P::ThawClear | P::ThawDone => Where::Freeze,
+        P::ResumeReplay | P::ResumeReplayed => Where::Resume,
         P::ResumeVerified | P::ResumeClear | P::ResumeAssembled | P::ResumeRun => Where::Resume,
         P::RecoveryChosen | P::RecoveryAdopt | P::RecoveryDone => Where::Recovery,
     }
@@ -309,6 +319,8 @@ pub struct VmPlan {
     pub snapshot_every: Option<String>,
     /// Generations that stay at most.
     pub max_snapshots: Option<u32>,
+    /// The hold-up that it is to keep within, as in `16ms`; what is dirty is not bounded if not given.
+    pub holdup: Option<String>,
     /// Where several VMs share a hold-up, those with the highest are signalled first, and others when these are frozen.
     pub priority: i32,
 }
@@ -323,6 +335,7 @@ impl Default for VmPlan {
             medium: None,
             snapshot_every: Some("250ms".to_owned()),
             max_snapshots: None,
+            holdup: None,
             priority: 0,
         }
     }
@@ -344,6 +357,7 @@ impl VmPlan {
         arguments.push("--serial=stdio".to_owned());
         arguments.extend(self.medium.map(|medium| format!("--medium={medium}")));
         arguments.extend(self.snapshot_every.as_ref().map(|every| format!("--snapshot-every={every}")));
+        arguments.extend(self.holdup.as_ref().map(|holdup| format!("--holdup={holdup}")));
         if let Some(most) = self.max_snapshots {
             arguments.extend([format!("--max-snapshots={most}"), "--min-snapshots=1".to_owned()]);
         }

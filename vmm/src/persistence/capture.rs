@@ -555,7 +555,7 @@ fn copy_moment(
     took.dirty_ns = steps.lap();
 
     copy(machine, changed, &mut room)?;
-    let frozen = FrozenV1 { machine: state, console: surroundings.save(), restoring: None, paged: None };
+    let frozen = FrozenV1 { machine: state, console: surroundings.save(), restoring: None, paged: None, journal: None };
     took.copy_ns = steps.lap();
 
     let context = ContextV1 {

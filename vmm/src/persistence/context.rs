@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use allocator::journal::JournalV1;
 use allocator::{Region, RegionError, frame};
 
 use super::paging::PagedV1;
@@ -65,6 +66,9 @@ pub struct FrozenV1 {
     /// Not all of memory is in RAM. Never so in a generation, which holds it in one piece.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paged: Option<PagedV1>,
+    /// What was dirty is in the journal, and not where it belongs. Never so in a generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<JournalV1>,
 }
 
 impl Standing {

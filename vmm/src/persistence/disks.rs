@@ -185,15 +185,18 @@ impl Disks {
     /// Opens all, and locks those from elsewhere; nothing if that was done before. Nothing is altered.
     pub(super) fn open(&mut self, config: &VmConfig) -> Result<&[Arc<Image>], RegionsError> {
         if self.images.is_none() {
-            let images = config.disks.iter().map(|disk| self.image(disk)).collect::<Result<_, _>>()?;
+            // What they would have to flush at a freeze is nothing that a hold-up can bound: scattered blocks, of as much as the page cache takes.
+            let through = |image: Image| if config.holdup_us.is_some() { image.written_through() } else { image };
+            let open = |disk| self.image(disk).map(through).map(Arc::new);
+            let images = config.disks.iter().map(open).collect::<Result<_, _>>()?;
             self.images = Some(images);
         }
         Ok(self.images.as_deref().unwrap_or_default())
     }
 
-    fn image(&self, disk: &DiskConfig) -> Result<Arc<Image>, RegionsError> {
+    fn image(&self, disk: &DiskConfig) -> Result<Image, RegionsError> {
         let id = disk.id();
-        let image = match disk {
+        Ok(match disk {
             DiskConfig::Pool { name, .. } => {
                 let region = self.region(name)?;
                 let (file, part) = region.share_file()?;
@@ -206,8 +209,7 @@ impl Disks {
                 })?
             }
             DiskConfig::File { path, read_only } => external(id, path, *read_only)?,
-        };
-        Ok(Arc::new(image))
+        })
     }
 
     /// What a machine of `cpus` CPUs is joined to.

@@ -10,7 +10,8 @@
 //!   cpus       vCPUs, interrupt controller, clock           after devices, see above
 //!   restoring  how far a restore that is under way is       before persist: what it says is there must be flushed
 //!              (paged memory: nothing moves any more)       after stop: until then a vCPU may wait for what is moved
-//!   persist    regions reach their medium                   before the context: a context must never name unsaved RAM
+//!   persist    regions reach their medium, or the journal   before the context: a context must never name unsaved RAM
+//!              has what did not ([`super::holdup`])
 //!   context    the other slot is written, durable           before the stamp: a stamp must never name a missing context
 //!   stamp      clean@N in the headers of disks, persistent  last: it is what makes the context count
 //!              memory and RAM, RAM's last, durable
@@ -156,13 +157,14 @@ pub fn freeze(
     regions.hold_paging(true);
     let restoring = regions.restoring();
     pass(Point::FreezePersist);
-    let Persisted { bytes, paged } = regions.persist_memory()?;
+    let sequence = regions.next_sequence();
+    let persisted = regions.persist_for_freeze(sequence)?;
     pass(Point::FreezeDisks);
-    regions.persist_storage()?;
+    regions.persist_storage_for_freeze(&persisted)?;
+    let Persisted { bytes, paged, journal } = persisted;
     took.persist_ns = steps.next()?;
 
-    let sequence = regions.next_sequence();
-    let frozen = FrozenV1 { machine: state, console: surroundings.save(), restoring, paged };
+    let frozen = FrozenV1 { machine: state, console: surroundings.save(), restoring, paged, journal };
     let context = ContextV1 {
         sequence,
         written_ns: context::now_ns(),
@@ -248,6 +250,7 @@ pub fn thaw(
     pass(Point::ThawDone);
     regions.hold_restore(false);
     regions.hold_paging(false);
+    regions.go_on_flushing();
     let_go(machine, surroundings, vcpus)
 }
 

@@ -5,6 +5,7 @@ pub mod context;
 pub mod disks;
 pub mod freeze;
 pub mod generations;
+pub mod holdup;
 pub mod lifecycle;
 pub mod paging;
 pub mod pmem;

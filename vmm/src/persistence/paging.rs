@@ -13,6 +13,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
+use allocator::journal::JournalV1;
 use allocator::paging::{Elsewhere, Pager, PagingError, PagingEvents, PagingStatus, Plan};
 use allocator::{Region, RegionError};
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,8 @@ pub struct Persisted {
     pub bytes: Option<u64>,
     /// For the context.
     pub paged: Option<PagedV1>,
+    /// For the context: where they are, if not where they belong.
+    pub journal: Option<JournalV1>,
 }
 
 /// Begins to page, held; `None` if the VM's memory is all RAM. `elsewhere`: what is still in a generation.
@@ -62,7 +65,7 @@ pub(super) fn start(
 /// Makes all of a held pager's memory durable.
 pub(super) fn persist(pager: &Pager) -> Result<Persisted, PagingError> {
     let (tables, bytes) = pager.persist()?;
-    Ok(Persisted { bytes, paged: Some(PagedV1 { tables }) })
+    Ok(Persisted { bytes, paged: Some(PagedV1 { tables }), journal: None })
 }
 
 /// Memory that comes and goes.

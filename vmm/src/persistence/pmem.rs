@@ -99,6 +99,11 @@ impl PmemRegions {
         self.0.iter().filter_map(|piece| piece.memory.as_ref()).enumerate().map(attach).collect()
     }
 
+    /// What is in use, in the order of the configuration.
+    pub(super) fn mapped(&self) -> impl Iterator<Item = &Arc<PersistentMemory>> {
+        self.0.iter().filter_map(|piece| piece.memory.as_ref())
+    }
+
     /// By their names.
     pub(super) fn leased(&self) -> impl Iterator<Item = (&str, &Region)> {
         self.0.iter().map(|piece| (piece.name.as_str(), &*piece.region))

@@ -4,6 +4,8 @@
 //!   step      what                                       if it stood elsewhere
 //!   ────────  ─────────────────────────────────────────  ──────────────────────────────────────────────────────────
 //!   verify    context verifies, RAM is clean@N           first: nothing is altered if it is not so
+//!   replay    what the freeze left in the journal goes   before RAM is mapped: a private mapping shows what was there when a page
+//!             home ([`super::holdup`])                   was first touched. Before the stamp goes: a cut finds the journal again
 //!   map       RAM where the guest had it                 nothing is read, nothing is copied; where it is still being restored
 //!                                                        ([`super::restoring`]), what is missing comes as it is asked for
 //!   assemble  an empty machine over it                   writes no RAM, and so goes on beside the next
@@ -83,6 +85,7 @@ pub fn resume(
 ) -> Result<Machine, ResumeError> {
     assess(regions).map_err(|doubt| ResumeError::Refused { name: regions.name().to_owned(), doubt })?;
     pass(Point::ResumeVerified);
+    regions.replay_journal()?;
     let sequence = regions.context().sequence;
     let host = Host::open()?;
     let name = regions.name().to_owned();
@@ -109,7 +112,7 @@ fn restore(
     let Standing::Frozen(frozen) = &regions.context().standing else {
         return Err(ResumeError::Refused { name: name(), doubt: Doubt::NotFrozen("not frozen") });
     };
-    let FrozenV1 { machine: state, console, restoring: _, paged: _ } = &**frozen;
+    let FrozenV1 { machine: state, console, restoring: _, paged: _, journal: _ } = &**frozen;
     let outage = Outage::since(&state.vm.clock, regions.config().clock);
     machine.restore(state, outage).map_err(|source| ResumeError::Machine { name: name(), source })?;
     restore_console(console);

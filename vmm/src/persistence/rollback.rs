@@ -514,6 +514,7 @@ fn write_frozen(store: &Store, regions: &VmRegions, new: NewGeneration) -> Resul
     if let Standing::Frozen(frozen) = &mut context.standing {
         frozen.restoring = None;
         frozen.paged = None;
+        frozen.journal = None;
     }
     let json = |result: Result<Vec<u8>, _>| result.map_err(|error| RollbackError::from(ContextError::Encode(error)));
     writer.blob(BLOB_CONTEXT, &json(serde_json::to_vec(&context))?)?;

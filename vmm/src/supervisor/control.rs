@@ -23,6 +23,7 @@ use crate::machine::jail::{self, Role};
 use crate::machine::virtio::balloon::BalloonStatus;
 use crate::persistence::capture::CaptureReport;
 use crate::persistence::freeze::FreezeReport;
+use crate::persistence::holdup::HoldUpStatus;
 use crate::persistence::lifecycle::State;
 use crate::persistence::paging::PagedStatus;
 use crate::persistence::restoring::RestoringStatus;
@@ -116,6 +117,9 @@ pub struct Status {
     /// Where its memory is; `None` if all of it is RAM.
     #[serde(default)]
     pub paged: Option<PagedStatus>,
+    /// How it keeps within its hold-up, if it has one.
+    #[serde(default)]
+    pub holdup: Option<HoldUpStatus>,
     /// Its memory balloon, if it has one.
     #[serde(default)]
     pub balloon: Option<BalloonStatus>,

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::generations::{Order, Teller};
 use super::{Ended, Supervisor, SupervisorError};
 use crate::persistence::capture::CaptureReport;
+use crate::persistence::holdup::{DirtyBudget, HoldUpStatus};
 use crate::persistence::paging::PagedStatus;
 
 /// How long the supervisor may sleep past the end of a while.
@@ -74,6 +75,12 @@ impl Supervisor {
     #[must_use]
     pub fn paged(&self) -> Option<PagedStatus> {
         self.regions.pager().map(|pager| PagedStatus::new(pager.status(), self.swap_full))
+    }
+
+    /// How it keeps within its hold-up; `None` if it has none.
+    #[must_use]
+    pub fn budget(&self) -> Option<HoldUpStatus> {
+        self.regions.budget().map(DirtyBudget::status)
     }
 
     /// How much of its memory is restored: clusters that are there, and all. `None` if it was not being restored in this process.

@@ -237,6 +237,7 @@ impl Supervisor {
         let power = PowerSignals::catch().map_err(system("catch power-fail signals"))?;
         // Before anything is altered: there may be no RAM for it.
         let place = Place::take(pool, &regions)?;
+        regions.prepare_holdup(pool)?;
         let pool = pool.dir().to_owned();
         let inboxes = Inboxes::new().map_err(system("make an event descriptor"))?;
         let resumes = matches!(beginning, Beginning::Resume { .. });
@@ -259,6 +260,7 @@ impl Supervisor {
             // Before it runs: what it changes from now on is what the next generation has to look at.
             generations.build_on(restoring.generation(), restoring.changed_before(), &machine)?;
         }
+        begin_holdup(&mut regions, &machine, resumes)?;
         let ram_budget = place.begin(regions.pager()).map_err(system("start the thread of the budget of RAM"))?;
         pass(Point::ResumeRun);
         // Its threads are in jail.
@@ -433,6 +435,7 @@ impl Supervisor {
         let mut machine = self.regions.assemble(Host::open()?, wiring)?;
         machine.boot()?;
         self.generations.machine_changes(&self.machine, &machine)?;
+        self.regions.machine_changes(&machine)?;
         machine.run()?;
         self.machine = machine;
         Ok(())
@@ -540,6 +543,22 @@ impl Supervisor {
 impl std::fmt::Debug for Supervisor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Supervisor").field("name", &self.name).field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+/// What is dirty is kept within the hold-up from now on. A VM that goes on from where it was frozen is not given up for want of that.
+fn begin_holdup(regions: &mut VmRegions, machine: &Machine, resumes: bool) -> Result<(), SupervisorError> {
+    match regions.begin_holdup(machine, !resumes) {
+        Err(error) if resumes => {
+            tracing::error!("{}: it goes on without a bound on what is dirty: {}", regions.name(), Chain(&error));
+            Ok(())
+        }
+        Err(error) => {
+            regions.revert_config();
+            regions.write_ended(format!("it could not be started: {}", Chain(&error)))?;
+            Err(error.into())
+        }
+        Ok(()) => Ok(()),
     }
 }
 

@@ -37,7 +37,12 @@ impl Supervisor {
                     // Darkness is due, though the thread that brings it has not run yet.
                     power::go_dark();
                 }
-                report.holdup_left_ns = hold_up.left().map(nanoseconds);
+                if let Some(budget) = self.regions.budget() {
+                    budget.learn(&report);
+                }
+                let promised = self.machine.config().holdup().map(nanoseconds);
+                let left = promised.map(|holdup| holdup.saturating_sub(report.total_ns));
+                report.holdup_left_ns = hold_up.left().map(nanoseconds).or(left);
                 answer(Response::Frozen(Box::new(report)));
                 // Not before: it is a hint, and that was a matter of time.
                 self.remember_working_set();

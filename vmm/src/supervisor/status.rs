@@ -3,6 +3,7 @@
 use super::Supervisor;
 use super::control::Status;
 use crate::machine::virtio::balloon::BalloonControl;
+use crate::persistence::holdup::DirtyBudget;
 use crate::persistence::paging::PagedStatus;
 use crate::persistence::restoring::RestoringStatus;
 
@@ -17,6 +18,7 @@ impl Supervisor {
             paused: self.paused,
             restoring: self.restoring_status(),
             paged: self.regions.pager().map(|pager| PagedStatus::new(pager.status(), self.swap_full)),
+            holdup: self.regions.budget().map(DirtyBudget::status),
             balloon: self.machine.balloon().map(BalloonControl::status),
             generations: self.generations.status(),
         }

@@ -51,6 +51,8 @@ points! {
     FreezeStill = "freeze.still",
     /// Memory goes to its medium.
     FreezePersist = "freeze.persist",
+    /// What was dirty is in the journal, durably.
+    FreezeJournaled = "freeze.journaled",
     /// Disks go to theirs.
     FreezeDisks = "freeze.disks",
     /// The context is written.
@@ -65,6 +67,10 @@ points! {
     ThawDone = "thaw.done",
     /// The context verifies, nothing was altered.
     ResumeVerified = "resume.verified",
+    /// The journal of the freeze is brought home.
+    ResumeReplay = "resume.replay",
+    /// It is there, and not yet durable.
+    ResumeReplayed = "resume.replayed",
     /// The stamp goes.
     ResumeClear = "resume.clear",
     /// Machine and memory are together, no vCPU has run.

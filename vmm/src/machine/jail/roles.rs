@@ -16,8 +16,8 @@ use libc::{
     SYS_rename, SYS_renameat, SYS_renameat2, SYS_restart_syscall, SYS_rmdir, SYS_rseq, SYS_rt_sigaction,
     SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_setaffinity, SYS_sched_yield, SYS_seccomp,
     SYS_sendto, SYS_set_robust_list, SYS_setpriority, SYS_setsid, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack,
-    SYS_socket, SYS_stat, SYS_statfs, SYS_statx, SYS_tgkill, SYS_unlink, SYS_unlinkat, SYS_userfaultfd, SYS_write,
-    SYS_writev,
+    SYS_socket, SYS_stat, SYS_statfs, SYS_statx, SYS_sync_file_range, SYS_tgkill, SYS_unlink, SYS_unlinkat,
+    SYS_userfaultfd, SYS_write, SYS_writev,
 };
 use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
@@ -160,6 +160,7 @@ const OPEN_FILES: Calls = &[
     (SYS_pwrite64, Always),
     (SYS_pwritev, Always),
     (SYS_pwritev2, Always),
+    (SYS_sync_file_range, Always),
     // Of fstat's kind: rustix and Rust's own library ask so about what is open, too.
     (SYS_newfstatat, Always),
     (SYS_statx, Always),
@@ -309,9 +310,9 @@ impl Role {
         match self {
             Self::Vcpu => &[requests::OF_A_VCPU],
             Self::Device => &[requests::OF_A_DEVICE],
-            Self::Generations => &[requests::OF_DIRTY_PAGES],
+            Self::Generations | Self::Flush => &[requests::OF_DIRTY_PAGES],
             Self::Supervisor => &[requests::OF_A_VCPU, requests::OF_DIRTY_PAGES, requests::OF_A_MACHINE],
-            Self::Flush | Self::Pager | Self::Budget | Self::Control | Self::HoldUp => &[],
+            Self::Pager | Self::Budget | Self::Control | Self::HoldUp => &[],
         }
     }
 

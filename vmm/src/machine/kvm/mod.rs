@@ -3,6 +3,7 @@
 //! * [`host`]: `/dev/kvm` itself: is it there, may we, what can it do.
 //! * [`vm`]: one virtual machine: memory slots, interrupt lines, interrupt controller, clock.
 //! * [`vcpu`]: one virtual CPU and the thread that runs it.
+//! * [`ring`]: which pages a vCPU writes, and a bound on them.
 //! * [`cpuid`], [`registers`]: what a CPU looks like at its first instruction.
 //! * [`state`]: the frozen form of all of it, plain data.
 //! * [`failure`]: why a CPU could not go on, in words.
@@ -15,6 +16,7 @@ pub mod failure;
 pub mod host;
 pub mod registers;
 pub mod requests;
+pub mod ring;
 pub mod state;
 pub mod vcpu;
 pub mod vm;

@@ -15,13 +15,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_EXIT_IO_IN, kvm_run};
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_IO_IN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::failure::{Position, VcpuFailure};
 use super::state::VcpuStateV1;
 use super::{KvmError, Vm, registers};
+use crate::machine::dirty::told::Told;
 use crate::machine::jail::{self, Role};
 
 /// How long a vCPU may take to stop before we call it stuck. A guest cannot cause it: KVM looks for signals between
@@ -58,6 +59,7 @@ pub type VcpuEvents = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
 #[derive(Debug)]
 pub struct Vcpu {
     index: u32,
+    vm: Vm,
     shared: Arc<Shared>,
     commands: Option<mpsc::Sender<Command>>,
     thread: Option<JoinHandle<()>>,
@@ -180,7 +182,7 @@ impl Vcpu {
         let runner = Runner { index, vm: vm.clone(), fd, msr_indices, accesses, events, shared: Arc::clone(&shared) };
         let thread = jail::spawn(format!("vcpu{index}"), Role::Vcpu, move || runner.serve(&inbox))
             .map_err(|source| KvmError::Spawn { index, source })?;
-        Ok(Self { index, shared, commands: Some(commands), thread: Some(thread) })
+        Ok(Self { index, vm: vm.clone(), shared, commands: Some(commands), thread: Some(thread) })
     }
 
     fn send(&self, command: Command) -> Result<(), KvmError> {
@@ -200,6 +202,10 @@ impl Vcpu {
     pub fn request_pause(&self) {
         self.shared.ask_to_stop();
         self.kick();
+        // It may wait for room in its dirty ring.
+        if self.vm.rings().is_some() {
+            self.vm.ram().told().wake();
+        }
     }
 
     fn kick(&self) {
@@ -322,6 +328,7 @@ impl Runner {
                 Ok(exit) => match handle(exit, &*self.accesses) {
                     Handled::Done => {}
                     Handled::PortIo => self.port_io(),
+                    Handled::RingFull => self.wait_for_room().map_err(|why| self.explain(Cannot::Run(why)))?,
                     Handled::Cannot(reason) => return Err(self.explain(reason)),
                 },
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
@@ -336,6 +343,12 @@ impl Runner {
                 return self.complete_access();
             }
         }
+    }
+
+    /// It wrote as many pages as it may before somebody looks at them.
+    fn wait_for_room(&self) -> Result<(), String> {
+        let is_to_stop = || self.shared.pause.load(Ordering::SeqCst) || self.accesses.is_stopping();
+        Told::on_ring_full(&self.vm, &is_to_stop).map_err(|error| error.to_string())
     }
 
     /// Lets KVM finish the access that made the machine stop, without running the guest any further.
@@ -397,6 +410,7 @@ impl Runner {
 enum Handled {
     Done,
     PortIo,
+    RingFull,
     Cannot(Cannot),
 }
 
@@ -421,6 +435,7 @@ fn handle(exit: VcpuExit<'_>, accesses: &dyn Accesses) -> Handled {
             Handled::Done
         }
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => Handled::Done,
+        VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => Handled::RingFull,
         VcpuExit::Shutdown => Handled::Cannot(Cannot::Shutdown),
         VcpuExit::InternalError => Handled::Cannot(Cannot::Internal),
         VcpuExit::FailEntry(reason, _) => Handled::Cannot(Cannot::Entry(reason)),

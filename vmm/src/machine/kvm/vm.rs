@@ -16,6 +16,7 @@ use super::super::config::ClockPolicy;
 use super::super::dirty::PageSet;
 use super::super::memory::{GuestRam, PAGE_SIZE, RamRange};
 use super::super::time::nanoseconds;
+use super::ring::DirtyRings;
 use super::state::{Blob, ClockStateV1, VmStateV1};
 use super::{Doing, Host, KvmError};
 
@@ -35,6 +36,8 @@ struct Inner {
     ram: Arc<GuestRam>,
     /// Whether KVM logs which pages the guest writes.
     logs: Mutex<bool>,
+    /// By which it tells them, in place of its log.
+    rings: Option<DirtyRings>,
 }
 
 impl Inner {
@@ -55,15 +58,18 @@ impl Inner {
 }
 
 impl Vm {
-    /// Creates a VM over `ram`, with the in-kernel interrupt controller and PIT.
+    /// Creates a VM over `ram`, with the in-kernel interrupt controller and PIT. With `ring_entries` each vCPU tells the pages that it writes by
+    /// a ring of so many, from the first on.
     ///
     /// # Errors
-    /// [`KvmError::Ioctl`].
-    pub fn create(host: &Host, ram: &Arc<GuestRam>) -> Result<Self, KvmError> {
+    /// [`KvmError::Ioctl`], [`KvmError::Capability`].
+    pub fn create(host: &Host, ram: &Arc<GuestRam>, ring_entries: Option<u32>) -> Result<Self, KvmError> {
         let fd = host.kvm.create_vm().doing("creating a VM (KVM_CREATE_VM)")?;
-        let inner = Inner { fd, ram: Arc::clone(ram), logs: Mutex::new(false) };
+        let rings = ring_entries.map(|entries| DirtyRings::enable(&fd, entries)).transpose()?;
+        let flags = if rings.is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let inner = Inner { fd, ram: Arc::clone(ram), logs: Mutex::new(rings.is_some()), rings };
         for (slot, range) in (0..).zip(ram.ranges()) {
-            inner.set_slot(slot, range, 0)?;
+            inner.set_slot(slot, range, flags)?;
         }
         let fd = &inner.fd;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).doing("placing a page (KVM_SET_IDENTITY_MAP_ADDR)")?;
@@ -102,8 +108,29 @@ impl Vm {
         Ok(())
     }
 
+    /// By which it tells what the guest writes, in place of the log of [`Vm::take_dirty_pages`].
+    pub(in super::super) fn rings(&self) -> Option<&DirtyRings> {
+        self.inner.rings.as_ref()
+    }
+
+    /// What was taken from the rings is told anew from now on.
+    pub(in super::super) fn rearm_rings(&self) -> Result<(), KvmError> {
+        let Some(rings) = &self.inner.rings else { return Ok(()) };
+        let doing = "arming the dirty rings again (KVM_RESET_DIRTY_RINGS)";
+        rings.rearm(&self.inner.fd).map_err(|source| KvmError::Ioctl { doing, source })
+    }
+
+    /// The memory that it has.
+    pub(in super::super) fn ram(&self) -> &Arc<GuestRam> {
+        &self.inner.ram
+    }
+
     pub(in super::super) fn create_vcpu(&self, index: u32) -> Result<VcpuFd, KvmError> {
-        self.inner.fd.create_vcpu(index.into()).doing("creating a vCPU (KVM_CREATE_VCPU)")
+        let vcpu = self.inner.fd.create_vcpu(index.into()).doing("creating a vCPU (KVM_CREATE_VCPU)")?;
+        if let Some(rings) = &self.inner.rings {
+            rings.add(&vcpu)?;
+        }
+        Ok(vcpu)
     }
 
     /// The size that `KVM_GET_XSAVE2` needs beyond the classic 4 KiB, in 32-bit words.

@@ -6,6 +6,7 @@
 mod traced;
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -39,6 +40,20 @@ impl PersistentMemory {
         let mapping = region.map()?;
         let traced = Traced::begin(&region, &mapping)?.map(Mutex::new);
         Ok(Self { region, mapping, is_lost: Mutex::new(false), traced })
+    }
+
+    /// The region.
+    #[must_use]
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// As [`Region::write_behind`].
+    ///
+    /// # Errors
+    /// [`RegionError::Medium`].
+    pub fn write_behind(&self, runs: &[Range<u64>]) -> Result<(), RegionError> {
+        self.region.write_behind(&self.mapping, runs)
     }
 
     /// Makes durable all that was written so far. Waits for one that is under way.

@@ -5,6 +5,7 @@ use allocator::{LeaseError, NameError, PoolError, RegionError, RegionName};
 
 use super::super::context::ContextError;
 use super::super::disks::DiskError;
+use super::super::holdup::HoldUpError;
 use super::super::pmem::PmemError;
 use crate::machine::MachineError;
 use crate::machine::memory::MemoryError;
@@ -99,6 +100,12 @@ pub enum RegionsError {
         "VM {0} was never finished being made: `perdure run {0}` makes it anew, `perdure remove {0}` takes away what there is"
     )]
     Unfinished(String),
+    /// Its context names a journal that there is not.
+    #[error("the context of VM {0} names a journal of its freeze, and there is none: nothing was altered")]
+    NoJournal(String),
+    /// Its hold-up.
+    #[error(transparent)]
+    HoldUp(#[from] HoldUpError),
     /// The context is of another VM than the region.
     #[error(
         "the context of VM {name} says that it has {} bytes of RAM, its RAM region has {region}: nothing was altered", .config

@@ -39,6 +39,8 @@ pub struct Image {
     changes: Option<Arc<Changes>>,
     /// Who is told of what is done, where outages are simulated.
     trace: Option<Trace>,
+    /// A write is complete when it is durable, whatever the guest asked for.
+    write_through: bool,
     /// A flush failed.
     lost: AtomicBool,
 }
@@ -53,20 +55,33 @@ impl Image {
         let flushed = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         let (offset, length) = (part.start, part.end.saturating_sub(part.start));
         let (flushed, lost) = (Some(flushed), AtomicBool::new(false));
-        Ok(Self { name, file, flushed, offset, length, blocks, changes: None, trace: None, lost })
+        let (changes, trace, write_through) = (None, None, false);
+        Ok(Self { name, file, flushed, offset, length, blocks, changes, trace, write_through, lost })
     }
 
     /// The first `length` bytes of `file`, which are not written.
     #[must_use]
     pub fn read_only(name: String, file: File, length: u64) -> Self {
         let (flushed, lost) = (None, AtomicBool::new(false));
-        Self { name, file, flushed, offset: 0, length, blocks: Blocks::Keep, changes: None, trace: None, lost }
+        let (blocks, changes, trace, write_through) = (Blocks::Keep, None, None, false);
+        Self { name, file, flushed, offset: 0, length, blocks, changes, trace, write_through, lost }
     }
 
     /// The same, watched for changes from now on: generations hold it.
     #[must_use]
     pub fn watched(self) -> Self {
         Self { changes: Some(Arc::new(Changes::new(self.length))), ..self }
+    }
+
+    /// The same, each write of which is durable when it is complete: a freeze finds nothing to flush.
+    #[must_use]
+    pub fn written_through(self) -> Self {
+        Self { write_through: true, ..self }
+    }
+
+    /// See [`Image::written_through`].
+    pub(super) fn is_written_through(&self) -> bool {
+        self.write_through
     }
 
     /// The same, which tells what is done to its file.

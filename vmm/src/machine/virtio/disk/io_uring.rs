@@ -251,6 +251,7 @@ impl BlockBackend for Uring {
                 self.begin(token, Direction::Read, transfer);
             }
             Operation::Write { at, buffers, durable } => {
+                let durable = durable || self.image.is_written_through();
                 let transfer = Transfer::new(Direction::Write, self.image.place(at), buffers, durable);
                 self.begin(token, Direction::Write, transfer);
             }

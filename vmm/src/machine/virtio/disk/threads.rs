@@ -214,7 +214,9 @@ impl BlockBackend for Threads {
         };
         let job = match operation {
             Operation::Read { at, buffers } => transfer(Direction::Read, at, buffers, false),
-            Operation::Write { at, buffers, durable } => transfer(Direction::Write, at, buffers, durable),
+            Operation::Write { at, buffers, durable } => {
+                transfer(Direction::Write, at, buffers, durable || image.is_written_through())
+            }
             Operation::Flush => {
                 let mut work = self.shared.lock();
                 work.open += 1;

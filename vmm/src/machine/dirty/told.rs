@@ -1,0 +1,585 @@
+//! Pages that changed, told to each who wants to know, and a bound on those that are not durable.
+//!
+//! Witnesses tell a page once, and two want to hear of it: generations ([`super::DirtyTracker`]), and whoever flushes behind the guest
+//! ([`UnflushedPages`]). So what the dirty rings and the VMM's bitmap tell is taken in one place, here, and put down for both.
+//!
+//! ```text
+//!   guest writes ─► ring ──harvest──► hot ──rearm──► cold ──take──► in flight ──flushed──► durable
+//!   VMM writes ─► bitmap ──────────────────────────►─┘
+//! ```
+//!
+//! A *hot* page was taken from its ring and can still be written to without a word: flushing it would prove nothing. Rearming the rings makes
+//! it *cold*: a write to it after that is told, as hot again. Only cold pages are flushed.
+//!
+//! # The bound
+//!
+//! Let *grant* be what all rings hold. Between two rearms at most that many pages become dirty, whatever the guest does, and a vCPU whose ring is
+//! full waits. Who rearms for a vCPU leaves room for two grants below the limit, the flusher for one; so the flusher can always make what is hot
+//! cold, and unflushed pages never exceed the limit. (Pages that devices write are counted when somebody looks; they have no ring.)
+
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::super::kvm::{KvmError, Vm};
+use super::super::memory::{GuestRam, PAGE_SIZE};
+use super::PageSet;
+
+/// A vCPU that waits for room looks this often whether it is to stop, should nobody have told it.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// What was told and is not yet dealt with.
+#[derive(Debug, Default)]
+pub(in super::super) struct Told {
+    state: Mutex<State>,
+    news: Condvar,
+    /// What the ring of each vCPU is to have.
+    ring_entries: OnceLock<u32>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Changes for the next generation, once they are watched for.
+    generations: Option<PageSet>,
+    unflushed: Option<Unflushed>,
+}
+
+/// A set whose size is known.
+#[derive(Debug, Default)]
+struct Counted {
+    pages: PageSet,
+    count: u64,
+}
+
+impl Counted {
+    fn new(pages: u64) -> Self {
+        Self { pages: PageSet::new(pages), count: 0 }
+    }
+
+    fn insert(&mut self, page: u64) {
+        if page < self.pages.bound() && !self.pages.contains(page) {
+            self.pages.insert(page);
+            self.count += 1;
+        }
+    }
+
+    fn add(&mut self, other: &PageSet) {
+        other.runs().flatten().for_each(|page| self.insert(page));
+    }
+
+    fn remove(&mut self, page: u64) {
+        if self.pages.contains(page) {
+            self.pages.remove_run(&(page..page + 1));
+            self.count -= 1;
+        }
+    }
+
+    fn clear(&mut self) {
+        if self.count > 0 {
+            self.pages.clear();
+            self.count = 0;
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Unflushed {
+    hot: Counted,
+    cold: Counted,
+    in_flight: Counted,
+    /// In pages.
+    limit: u64,
+    /// What all rings hold.
+    grant: u64,
+    /// vCPUs that wait for room.
+    waiting: u32,
+    waited: Duration,
+}
+
+impl Unflushed {
+    fn count(&self) -> u64 {
+        self.hot.count + self.cold.count + self.in_flight.count
+    }
+
+    /// A page can be written to without a word. That it could have been flushed before is of no use then.
+    fn is_hot(&mut self, page: u64) {
+        self.cold.remove(page);
+        self.hot.insert(page);
+    }
+
+    /// These were written to, and will be told again. One that is hot becomes cold with the others.
+    fn are_written(&mut self, pages: &PageSet) {
+        for page in pages.runs().flatten().filter(|page| !self.hot.pages.contains(*page)) {
+            self.cold.insert(page);
+        }
+    }
+
+    fn may_grant(&self, grants: u64) -> bool {
+        self.count() + grants * self.grant <= self.limit
+    }
+
+    fn rearmed(&mut self) {
+        self.cold.add(&self.hot.pages);
+        self.hot.clear();
+    }
+
+    /// Takes up to `most` pages that are cold.
+    fn take(&mut self, most: u64) -> Vec<std::ops::Range<u64>> {
+        let mut left = most;
+        let mut taken = Vec::new();
+        for run in self.cold.pages.runs() {
+            if left == 0 {
+                break;
+            }
+            let end = run.end.min(run.start + left);
+            left -= end - run.start;
+            taken.push(run.start..end);
+        }
+        for run in &taken {
+            self.cold.pages.remove_run(run);
+            self.cold.count -= run.end - run.start;
+            run.clone().for_each(|page| self.in_flight.insert(page));
+        }
+        taken
+    }
+}
+
+/// How much is not durable.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Pages that changed and are not known to be durable.
+    pub unflushed: u64,
+    /// Of these, those that can be flushed.
+    pub cold: u64,
+    /// vCPUs that wait for some of it to be durable.
+    pub waiting: u32,
+    /// How long vCPUs have waited so far, one after the other.
+    pub waited: Duration,
+}
+
+impl State {
+    /// Takes what the guest's rings have.
+    fn harvest(&mut self, vm: &Vm) {
+        let Some(rings) = vm.rings() else { return };
+        let ranges = vm.ram().ranges();
+        rings.harvest(&mut |slot, offset| {
+            let slot = slot as usize;
+            let first: u64 = ranges.iter().take(slot).map(|range| range.length / PAGE_SIZE).sum();
+            if ranges.get(slot).is_some_and(|range| offset < range.length / PAGE_SIZE) {
+                self.generations.iter_mut().for_each(|pages| pages.insert(first + offset));
+                self.unflushed.iter_mut().for_each(|unflushed| unflushed.is_hot(first + offset));
+            }
+        });
+    }
+
+    /// Takes what the VMM wrote.
+    fn take_written(&mut self, ram: &GuestRam) {
+        let mut written = PageSet::new(ram.pages());
+        ram.take_written(&mut written);
+        self.generations.iter_mut().for_each(|pages| pages.union(&written));
+        self.unflushed.iter_mut().for_each(|unflushed| unflushed.are_written(&written));
+    }
+
+    /// Arms the rings anew if there is room for so many grants.
+    fn rearm(&mut self, vm: &Vm, grants: u64) -> Result<bool, KvmError> {
+        if self.unflushed.as_ref().is_some_and(|unflushed| !unflushed.may_grant(grants)) {
+            return Ok(false);
+        }
+        vm.rearm_rings()?;
+        self.unflushed.iter_mut().for_each(Unflushed::rearmed);
+        Ok(true)
+    }
+}
+
+impl Told {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the guest writes is to be told by rings of so many entries each.
+    pub(in super::super) fn want_rings(&self, entries: u32) {
+        let _ = self.ring_entries.set(entries);
+    }
+
+    /// How many entries the ring of each vCPU is to have, if there are to be rings.
+    pub(in super::super) fn ring_entries(&self) -> Option<u32> {
+        self.ring_entries.get().copied()
+    }
+
+    /// Generations hear of what changes from now on. Twice is once.
+    pub(super) fn watch(&self, pages: u64) {
+        self.state().generations.get_or_insert_with(|| PageSet::new(pages));
+    }
+
+    /// What changed since the last call, for generations.
+    pub(super) fn collect(&self, vm: &Vm, into: &mut PageSet) -> Result<(), KvmError> {
+        let mut state = self.state();
+        state.harvest(vm);
+        state.take_written(vm.ram());
+        let rearmed = state.rearm(vm, 2)?;
+        let State { generations, unflushed } = &mut *state;
+        let Some(pages) = generations else { return Ok(()) };
+        into.union(pages);
+        pages.clear();
+        if let Some(unflushed) = unflushed.as_ref().filter(|_| !rearmed) {
+            // Writes to these are not told: each counts as changed once more.
+            pages.union(&unflushed.hot.pages);
+        }
+        Ok(())
+    }
+
+    /// A vCPU's ring is full: it waits until there is room, or `is_to_stop`.
+    pub(in super::super) fn on_ring_full(vm: &Vm, is_to_stop: &dyn Fn() -> bool) -> Result<(), KvmError> {
+        let told = vm.ram().told();
+        let mut state = told.state();
+        state.harvest(vm);
+        if state.rearm(vm, 2)? {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        state.unflushed.iter_mut().for_each(|unflushed| unflushed.waiting += 1);
+        let mut result = Ok(false);
+        while !is_to_stop() && matches!(result, Ok(false)) {
+            told.news.notify_all();
+            state = told.news.wait_timeout(state, LOOK_EVERY).unwrap_or_else(PoisonError::into_inner).0;
+            state.harvest(vm);
+            result = state.rearm(vm, 2);
+        }
+        if let Some(unflushed) = &mut state.unflushed {
+            unflushed.waiting -= 1;
+            unflushed.waited += begun.elapsed();
+        }
+        result.map(drop)
+    }
+
+    /// Who waits here looks again what there is to do.
+    pub(in super::super) fn wake(&self) {
+        // Whoever is about to wait has looked already, or does so after this.
+        drop(self.state());
+        self.news.notify_all();
+    }
+}
+
+/// The pages of a machine that are not durable. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct UnflushedPages {
+    vm: Vm,
+}
+
+impl UnflushedPages {
+    /// `None`: the machine has no rings.
+    pub(in super::super) fn of(vm: &Vm) -> Option<Self> {
+        vm.rings().map(|_| Self { vm: vm.clone() })
+    }
+
+    /// The memory.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        self.vm.ram()
+    }
+
+    /// What all rings hold, in pages.
+    #[must_use]
+    pub fn grant(&self) -> u64 {
+        self.vm.rings().map_or(0, super::super::kvm::ring::DirtyRings::pages)
+    }
+
+    /// The least limit under which a guest can run, in pages.
+    #[must_use]
+    pub fn least_limit(&self) -> u64 {
+        2 * self.grant()
+    }
+
+    /// All but `unflushed` is durable, now; no vCPU has run since it was made so. From now on at most `limit` pages are not.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn begin(&self, unflushed: &PageSet, limit: u64) -> Result<(), KvmError> {
+        let pages = self.ram().pages();
+        let mut state = self.ram().told().state();
+        // Whatever was told before is durable, or in `unflushed`.
+        state.unflushed = None;
+        state.harvest(&self.vm);
+        state.take_written(self.ram());
+        state.rearm(&self.vm, 0)?;
+        let mut cold = Counted::new(pages);
+        cold.add(unflushed);
+        state.unflushed = Some(Unflushed {
+            hot: Counted::new(pages),
+            cold,
+            in_flight: Counted::new(pages),
+            limit: limit.max(self.least_limit()),
+            grant: self.grant(),
+            waiting: 0,
+            waited: Duration::ZERO,
+        });
+        Ok(())
+    }
+
+    /// A fresh machine, whose pages are these, goes on over the same memory. Before it runs.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn machine_changes(&self, to: &Self) -> Result<(), KvmError> {
+        let mut state = self.ram().told().state();
+        state.harvest(&self.vm);
+        // All pages are watched in the new one.
+        state.unflushed.iter_mut().for_each(Unflushed::rearmed);
+        if let Some(unflushed) = &mut state.unflushed {
+            unflushed.grant = to.grant();
+        }
+        Ok(())
+    }
+
+    /// No more than so many pages, from now on.
+    pub fn set_limit(&self, limit: u64) {
+        if let Some(unflushed) = &mut self.ram().told().state().unflushed {
+            unflushed.limit = limit.max(2 * unflushed.grant);
+        }
+    }
+
+    /// Learns what was written, and makes cold what can be.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn look(&self) -> Result<Standing, KvmError> {
+        let mut state = self.ram().told().state();
+        state.harvest(&self.vm);
+        state.take_written(self.ram());
+        if state.unflushed.as_ref().is_some_and(|unflushed| unflushed.hot.count > 0) {
+            state.rearm(&self.vm, 1)?;
+        }
+        Ok(standing(&state))
+    }
+
+    /// As it is known without a look.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        standing(&self.ram().told().state())
+    }
+
+    /// Up to `most` pages to flush, as runs, ascending.
+    #[must_use]
+    pub fn take(&self, most: u64) -> Vec<std::ops::Range<u64>> {
+        self.ram().told().state().unflushed.as_mut().map(|unflushed| unflushed.take(most)).unwrap_or_default()
+    }
+
+    /// What was taken is durable (or not: it is to be flushed again).
+    pub fn flushed(&self, durable: bool) {
+        let told = self.ram().told();
+        if let Some(unflushed) = &mut told.state().unflushed {
+            if !durable {
+                unflushed.cold.add(&unflushed.in_flight.pages);
+            }
+            unflushed.in_flight.clear();
+        }
+        told.news.notify_all();
+    }
+
+    /// All pages that are not durable. The machine must stand, or what it writes meanwhile is not among them.
+    #[must_use]
+    pub fn all(&self) -> PageSet {
+        let mut state = self.ram().told().state();
+        state.harvest(&self.vm);
+        state.take_written(self.ram());
+        let Some(unflushed) = &state.unflushed else { return PageSet::new(self.ram().pages()) };
+        let mut all = unflushed.hot.pages.clone();
+        all.union(&unflushed.cold.pages);
+        all.union(&unflushed.in_flight.pages);
+        all
+    }
+
+    /// Waits until a vCPU waits, somebody calls [`UnflushedPages::wake`], or `most` has passed.
+    pub fn wait(&self, most: Duration, is_over: &dyn Fn() -> bool) {
+        let told = self.ram().told();
+        let state = told.state();
+        let waits = state.unflushed.as_ref().is_some_and(|unflushed| unflushed.waiting > 0);
+        if !waits && !is_over() {
+            drop(told.news.wait_timeout(state, most));
+        }
+    }
+
+    /// Whoever waits looks again.
+    pub fn wake(&self) {
+        self.ram().told().wake();
+    }
+}
+
+fn standing(state: &State) -> Standing {
+    state.unflushed.as_ref().map_or_else(Standing::default, |unflushed| Standing {
+        unflushed: unflushed.count(),
+        cold: unflushed.cold.count,
+        waiting: unflushed.waiting,
+        waited: unflushed.waited,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::super::memory::Anonymous;
+    use super::super::DirtyTracker;
+    use super::*;
+    use crate::machine::config::{ByteSize, Kernel, VmConfig};
+    use crate::machine::kvm::Host;
+    use crate::machine::{Machine, Wiring};
+
+    const MEMORY: usize = 16 << 20;
+    /// Two vCPUs with the least rings that KVM gives, twice over, and a little.
+    const SPARE: u64 = 64;
+
+    fn machine(guest: &str, cmdline: &str, cpus: u32) -> Machine {
+        let ram = GuestRam::place(Box::new(Anonymous::new(MEMORY).unwrap())).unwrap();
+        ram.bound_dirty_pages(1, cpus);
+        let config = VmConfig {
+            cpus,
+            memory: ByteSize(MEMORY as u64),
+            kernel: Kernel::Guest(guest.to_owned()),
+            cmdline: cmdline.to_owned(),
+            ..VmConfig::default()
+        };
+        let wiring =
+            Wiring { serial_output: Box::new(std::io::sink()), events: Arc::new(|_| ()), attachments: Vec::new() };
+        let mut machine = Machine::assemble(Host::open().unwrap(), &config, ram, wiring).unwrap();
+        machine.boot().unwrap();
+        machine
+    }
+
+    /// A copy of memory that is kept up to date.
+    struct Shadow(Vec<u8>);
+
+    impl Shadow {
+        fn of(ram: &GuestRam) -> Self {
+            let mut bytes = vec![0; MEMORY];
+            ram.copy_pages(0, &mut bytes).unwrap();
+            Self(bytes)
+        }
+
+        fn copy(&mut self, ram: &GuestRam, run: &std::ops::Range<u64>) {
+            let bytes = (run.start * PAGE_SIZE) as usize..(run.end * PAGE_SIZE) as usize;
+            ram.copy_pages(run.start, &mut self.0[bytes]).unwrap();
+        }
+
+        /// Pages that are not what they are now.
+        fn stale(&self, ram: &GuestRam) -> Vec<u64> {
+            let now = Self::of(ram).0;
+            let pages = now.chunks(4096).zip(self.0.chunks(4096));
+            (0..).zip(pages).filter(|(_, (now, then))| now != then).map(|(page, _)| page).collect()
+        }
+    }
+
+    /// Flushes what is cold to `flushed`, as the flusher does, while the guest runs.
+    fn flush(pages: &UnflushedPages, flushed: &mut Shadow, limit: u64) {
+        let standing = pages.look().unwrap();
+        assert!(standing.unflushed <= limit, "{standing:?}, at most {limit}");
+        loop {
+            let runs = pages.take(16);
+            if runs.is_empty() {
+                break;
+            }
+            runs.iter().for_each(|run| flushed.copy(pages.ram(), run));
+        }
+        pages.flushed(true);
+    }
+
+    fn both_hear_of_every_page(guest: &str, cmdline: &str, cpus: u32) {
+        let machine = machine(guest, cmdline, cpus);
+        let (tracker, ram) = (machine.dirty_tracker(), Arc::clone(machine.ram()));
+        let pages = machine.unflushed_pages().unwrap();
+        let limit = pages.least_limit() + SPARE;
+        pages.begin(&PageSet::new(ram.pages()), limit).unwrap();
+        tracker.enable().unwrap();
+        let (mut flushed, mut captured) = (Shadow::of(&ram), Shadow::of(&ram));
+        machine.run().unwrap();
+        for round in 0..20_u64 {
+            for _ in 0..4 {
+                std::thread::sleep(Duration::from_millis(1));
+                flush(&pages, &mut flushed, limit);
+            }
+            capture(&tracker, &mut captured);
+            ram.memory().write_obj(round + 1, GuestAddress(0x4000)).unwrap();
+            machine.pause().unwrap();
+            assert_eq!(captured_in_pause(&tracker, &mut captured), Vec::<u64>::new(), "a generation lacks pages");
+            let all = pages.all();
+            let lost: Vec<_> = flushed.stale(&ram).into_iter().filter(|page| !all.contains(*page)).collect();
+            assert_eq!(lost, Vec::<u64>::new(), "neither flushed nor said to be dirty");
+            // What the VMM wrote has no ring.
+            assert!(all.count() <= limit + 1, "{} pages are dirty, at most {limit}", all.count());
+            machine.run().unwrap();
+        }
+        assert!(!machine.has_ended(), "the guest went on all the time");
+    }
+
+    fn capture(tracker: &DirtyTracker, captured: &mut Shadow) {
+        let mut told = PageSet::new(tracker.ram().pages());
+        tracker.collect(&mut told).unwrap();
+        told.runs().for_each(|run| captured.copy(tracker.ram(), &run));
+    }
+
+    fn captured_in_pause(tracker: &DirtyTracker, captured: &mut Shadow) -> Vec<u64> {
+        capture(tracker, captured);
+        captured.stale(tracker.ram())
+    }
+
+    #[test]
+    fn a_walking_guest_is_bounded_and_both_hear_of_every_page() {
+        both_hear_of_every_page("memwalk", "pattern=uniform ws=8388608 write=100 verify=1", 1);
+    }
+
+    #[test]
+    fn a_ticking_guest_is_bounded_and_both_hear_of_every_page() {
+        both_hear_of_every_page("counter", "hz=1000 ram=1048576", 1);
+    }
+
+    #[test]
+    fn two_cpus_are_bounded_and_both_hear_of_every_page() {
+        both_hear_of_every_page("smp", "", 2);
+    }
+
+    #[test]
+    fn a_guest_that_waits_for_room_is_stopped_at_once_and_goes_on_when_there_is() {
+        let machine = machine("memwalk", "pattern=uniform ws=8388608 write=100 report=64", 1);
+        let pages = machine.unflushed_pages().unwrap();
+        let limit = pages.least_limit();
+        pages.begin(&PageSet::new(machine.ram().pages()), limit).unwrap();
+        machine.run().unwrap();
+        let begun = Instant::now();
+        while pages.standing().waiting == 0 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "nobody flushes, so it waits: {:?}", pages.standing());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let before = machine.devices().report().count();
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(machine.devices().report().count(), before, "it waits");
+        machine.pause().unwrap();
+        assert!(pages.all().count() <= limit, "{:?}", pages.standing());
+        machine.run().unwrap();
+        let mut flushed = Shadow::of(machine.ram());
+        let begun = Instant::now();
+        while machine.devices().report().count() < before + 4 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "it goes on: {:?}", pages.standing());
+            flush(&pages, &mut flushed, limit);
+        }
+        assert!(pages.standing().waited > Duration::from_millis(20));
+    }
+
+    #[test]
+    fn what_could_not_be_flushed_is_dirty_again() {
+        let machine = machine("boot", "", 1);
+        let pages = machine.unflushed_pages().unwrap();
+        let mut dirty = PageSet::new(machine.ram().pages());
+        dirty.insert_run(&(10..20));
+        dirty.insert(100);
+        pages.begin(&dirty, 1000).unwrap();
+        assert_eq!(pages.take(4), [10..14]);
+        assert_eq!((pages.standing().unflushed, pages.standing().cold), (11, 7));
+        assert_eq!(pages.all(), dirty, "what is under way is not durable");
+        pages.flushed(false);
+        assert_eq!(pages.standing().cold, 11);
+        assert_eq!(pages.take(100), [10..20, 100..101]);
+        pages.flushed(true);
+        assert_eq!((pages.standing().unflushed, pages.all().is_empty()), (0, true));
+    }
+}
