@@ -183,9 +183,9 @@ impl Witness {
 }
 
 /// How many entries the ring of each of `cpus` vCPUs is to have where `pages` may be dirty. The larger, the more pages stay writable: what fits in
-/// the rings is told once. But there must be room for two rings full ([`told`]).
+/// the rings is told once. But there must be room for two rings full ([`told`]), also when less fits later.
 pub(super) fn ring_entries(pages: u64, cpus: u32) -> u32 {
-    let most = u32::try_from(pages / 2 / u64::from(cpus.max(1))).unwrap_or(u32::MAX).max(1);
+    let most = u32::try_from(pages / 4 / u64::from(cpus.max(1))).unwrap_or(u32::MAX).max(1);
     1 << most.ilog2()
 }
 

@@ -233,6 +233,8 @@ struct Shared {
     met: AtomicU64,
     missed: AtomicU64,
     unbounded: Mutex<Option<String>>,
+    /// It was told that less fits than what may be dirty at least.
+    is_tight: AtomicBool,
     /// How long what devices write may go unseen.
     period: Duration,
 }
@@ -287,6 +289,7 @@ impl DirtyBudget {
             met: AtomicU64::new(0),
             missed: AtomicU64::new(0),
             unbounded: Mutex::new(None),
+            is_tight: AtomicBool::new(false),
             period: flusher::period(config, limit),
         });
         let theirs = Arc::clone(&shared);
@@ -391,7 +394,16 @@ impl Shared {
         let pages = self.pages();
         let capacity = lock(&self.journal).capacity();
         let fits = self.pace().fits(self.holdup) / PAGE_SIZE;
-        let limit = fits.min(capacity).max(pages.least_limit());
+        let least = pages.least_limit();
+        if fits < least && !self.is_tight.swap(fits < least, Ordering::Relaxed) {
+            tracing::warn!(
+                "{}: {} KiB fit into the hold-up by now, and {} KiB may be dirty at least: a freeze may not be in time",
+                self.name,
+                fits * PAGE_SIZE >> 10,
+                least * PAGE_SIZE >> 10
+            );
+        }
+        let limit = fits.min(capacity).max(least);
         self.limit.store(limit, Ordering::Relaxed);
         pages.set_limit(limit);
     }

@@ -76,7 +76,7 @@ fn full() -> VmConfig {
         "disks": [{ "pool": { "name": "data", "size": "10G" } }, { "file": { "path": "/srv/a.img", "read-only": true } }],
         "serial": { "file": "/var/log/web" }, "console": "virtio", "pmem": [{ "name": "log", "size": "64M" }], "clock": "realtime", "rng": true, "balloon": true,
         "net": [{ "tap": "vm0", "mac": "02:00:5e:10:00:01" }], "vsock": { "cid": 3, "socket": "/run/web.vsock" },
-        "snapshot_every_ms": 1000, "family": "web",
+        "holdup_us": 16_000, "snapshot_every_ms": 1000, "family": "web",
         "generations": { "max_snapshots": 5, "expiration_ms": 1, "redundancy": 2, "integrity": "warn", "compress": "lz4" },
     });
     serde_json::from_value(text).unwrap()

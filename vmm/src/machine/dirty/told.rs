@@ -15,7 +15,8 @@
 //!
 //! Let *grant* be what all rings hold. Between two rearms at most that many pages become dirty, whatever the guest does, and a vCPU whose ring is
 //! full waits. Who rearms for a vCPU leaves room for two grants below the limit, the flusher for one; so the flusher can always make what is hot
-//! cold, and unflushed pages never exceed the limit. (Pages that devices write are counted when somebody looks; they have no ring.)
+//! cold, and unflushed pages never exceed the limit. (Pages that devices write are counted when somebody looks; they have no ring. And where the
+//! limit is lowered below what is dirty, one more grant is given, or what is hot could never be flushed.)
 
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +25,8 @@ use super::super::kvm::{KvmError, Vm};
 use super::super::memory::{GuestRam, PAGE_SIZE};
 use super::PageSet;
 
+/// Rings are armed anew whatever is dirty.
+const ROOM_OR_NOT: Option<u64> = None;
 /// A vCPU that waits for room looks this often whether it is to stop, should nobody have told it.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
@@ -179,9 +182,10 @@ impl State {
         self.unflushed.iter_mut().for_each(|unflushed| unflushed.are_written(&written));
     }
 
-    /// Arms the rings anew if there is room for so many grants.
-    fn rearm(&mut self, vm: &Vm, grants: u64) -> Result<bool, KvmError> {
-        if self.unflushed.as_ref().is_some_and(|unflushed| !unflushed.may_grant(grants)) {
+    /// Arms the rings anew if there is room for so many grants, or in any case.
+    fn rearm(&mut self, vm: &Vm, grants: Option<u64>) -> Result<bool, KvmError> {
+        let may = |unflushed: &Unflushed| grants.is_none_or(|grants| unflushed.may_grant(grants));
+        if !self.unflushed.as_ref().is_none_or(may) {
             return Ok(false);
         }
         vm.rearm_rings()?;
@@ -215,7 +219,7 @@ impl Told {
         let mut state = self.state();
         state.harvest(vm);
         state.take_written(vm.ram());
-        let rearmed = state.rearm(vm, 2)?;
+        let rearmed = state.rearm(vm, Some(2))?;
         let State { generations, unflushed } = &mut *state;
         let Some(pages) = generations else { return Ok(()) };
         into.union(pages);
@@ -232,7 +236,7 @@ impl Told {
         let told = vm.ram().told();
         let mut state = told.state();
         state.harvest(vm);
-        if state.rearm(vm, 2)? {
+        if state.rearm(vm, Some(2))? {
             return Ok(());
         }
         let begun = Instant::now();
@@ -242,7 +246,7 @@ impl Told {
             told.news.notify_all();
             state = told.news.wait_timeout(state, LOOK_EVERY).unwrap_or_else(PoisonError::into_inner).0;
             state.harvest(vm);
-            result = state.rearm(vm, 2);
+            result = state.rearm(vm, Some(2));
         }
         if let Some(unflushed) = &mut state.unflushed {
             unflushed.waiting -= 1;
@@ -300,7 +304,7 @@ impl UnflushedPages {
         state.unflushed = None;
         state.harvest(&self.vm);
         state.take_written(self.ram());
-        state.rearm(&self.vm, 0)?;
+        state.rearm(&self.vm, ROOM_OR_NOT)?;
         let mut cold = Counted::new(pages);
         cold.add(unflushed);
         state.unflushed = Some(Unflushed {
@@ -345,8 +349,10 @@ impl UnflushedPages {
         let mut state = self.ram().told().state();
         state.harvest(&self.vm);
         state.take_written(self.ram());
-        if state.unflushed.as_ref().is_some_and(|unflushed| unflushed.hot.count > 0) {
-            state.rearm(&self.vm, 1)?;
+        if let Some(unflushed) = state.unflushed.as_ref().filter(|unflushed| unflushed.hot.count > 0) {
+            // Where the limit was lowered since, there may be no room for a grant, and nothing else that could be flushed to make some.
+            let grants = if unflushed.cold.count + unflushed.in_flight.count == 0 { ROOM_OR_NOT } else { Some(1) };
+            state.rearm(&self.vm, grants)?;
         }
         Ok(standing(&state))
     }
@@ -563,6 +569,28 @@ mod tests {
             flush(&pages, &mut flushed, limit);
         }
         assert!(pages.standing().waited > Duration::from_millis(20));
+    }
+
+    #[test]
+    fn a_limit_that_is_lowered_below_what_is_dirty_slows_the_guest_and_does_not_stop_it() {
+        let machine = machine("memwalk", "pattern=uniform ws=8388608 write=100 report=64", 1);
+        let pages = machine.unflushed_pages().unwrap();
+        pages.begin(&PageSet::new(machine.ram().pages()), 100_000).unwrap();
+        machine.run().unwrap();
+        let begun = Instant::now();
+        while pages.look().unwrap().unflushed < 4 * pages.grant() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", pages.standing());
+        }
+        let limit = pages.least_limit();
+        pages.set_limit(limit);
+        let (mut flushed, before, begun) =
+            (Shadow::of(machine.ram()), machine.devices().report().count(), Instant::now());
+        while machine.devices().report().count() < before + 16 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "it goes on: {:?}", pages.standing());
+            flush(&pages, &mut flushed, u64::MAX);
+        }
+        machine.pause().unwrap();
+        assert!(pages.all().count() <= limit, "{:?}", pages.standing());
     }
 
     #[test]
