@@ -92,7 +92,7 @@ impl<'a> Ring<'a> {
         let body = self.read(place.position + HEADER as u64, head.length - HEADER as u64)?;
         match batch::decode_body(&head, &body, ranges) {
             Ok(()) => Ok(Some(place.position + head.length.next_multiple_of(SECTOR))),
-            Err(batch::BodyError::Crc) => Ok(None),
+            Err(batch::BodyError::Sum) => Ok(None),
             Err(error @ batch::BodyError::Malformed) => Err(damaged(self.log, format!("a batch: {error}"))),
         }
     }

@@ -291,7 +291,7 @@ mod faults {
     const REDO: [&str; 9] = [
         "a commit is not flushed",
         "what lies behind the end of the ring is not written",
-        "the CRC of a batch is not looked at",
+        "the checksum of a batch is not looked at",
         "the oldest value of a byte is kept",
         "a recovery does not flush the log first",
         "a recovery does not flush the regions",

@@ -13,7 +13,7 @@ pub(crate) const RECORDS_AT: u64 = 2 * COPY_LEN as u64;
 const USED: usize = 512;
 const CRC_AT: usize = USED - 4;
 const MAGIC: [u8; 8] = *b"PERDRVML";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// No log is written so often or so far: counting on from here cannot overflow.
 const MOST: u64 = u64::MAX / 4;
 
@@ -92,8 +92,9 @@ impl Status {
         }
         let engine = match (u32_at(8), bytes[12]) {
             (VERSION, 1) => Engine::Redo,
-            (VERSION, 2) => Engine::Undo,
-            (0 | VERSION, _) => return Decoded::Damaged,
+            // The first version had another checksum in the batches of the redo engine, and was never released.
+            (1 | VERSION, 2) => Engine::Undo,
+            (0 | 1 | VERSION, _) => return Decoded::Damaged,
             (newer, _) => return Decoded::Newer(newer),
         };
         let status = Self {
@@ -193,10 +194,10 @@ mod tests {
     fn a_status_comes_back_and_a_newer_one_is_not_called_damaged() {
         let mut bytes = status().encode();
         assert!(matches!(Status::decode(&bytes), Decoded::Status(found) if found == status()));
-        bytes[8] = 2;
+        bytes[8] = 3;
         let crc = crc32fast::hash(&bytes[..CRC_AT]);
         bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
-        assert!(matches!(Status::decode(&bytes), Decoded::Newer(2)));
+        assert!(matches!(Status::decode(&bytes), Decoded::Newer(3)));
     }
 
     proptest! {
