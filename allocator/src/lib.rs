@@ -23,7 +23,7 @@
 //! A guest may have more memory than its RAM region: [`paging`] keeps what it uses in the frames of that region and the rest in a swap
 //! region, and [`replacement`] decides what is where. Where several guests share one machine's RAM, [`budget`] decides how much each has.
 //!
-//! Programs change regions by transactions: [`rvm`].
+//! Programs change regions by transactions: [`rvm`]. Where a freeze has little time, what is dirty goes out in one stream: [`journal`].
 //!
 //! Bytes on the medium are described in `FORMAT.md`; the words are those of the project's design.
 #![deny(unsafe_code)]

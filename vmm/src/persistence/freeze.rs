@@ -149,6 +149,7 @@ pub fn freeze(
     let mut steps = Stopwatch::start(power_back);
     pass(Point::FreezeSignal);
     regions.hold_restore(true);
+    regions.hold_flushing();
     let (state, still) = hold_still(machine, surroundings, Output::Durable, &mut steps)?;
     let StillSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns } = still;
     let mut took = FreezeSteps { stop_ns, quiesce_ns, devices_ns, cpus_ns, ..FreezeSteps::default() };

@@ -47,6 +47,8 @@ const JOURNAL_PER_SECOND: u128 = 1 << 30;
 const JOURNAL_LEAST: u64 = 8 << 20;
 /// … to this.
 const JOURNAL_MOST: u64 = 256 << 20;
+/// In any case it has room for so many pages of each vCPU: two rings of 1024 entries, the least where the CPU logs by itself.
+const RINGS_OF_A_VCPU: u64 = 2048;
 /// What is written to measure a pace: as often, next to nothing; as often, as much as can be.
 const SMALL_WRITES: usize = 8;
 const LARGE_WRITES: usize = 3;
@@ -119,18 +121,20 @@ fn at_least(fixed: Duration) -> String {
     format!("{}ms", fixed.as_millis() * 2 + 1)
 }
 
-/// Pages of the journal of a VM with that hold-up, whose memory has `pages`.
-fn journal_pages(holdup: Duration, pages: u64) -> u64 {
+/// Pages of the journal of a VM with that hold-up, whose memory has `pages`, and which has `cpus`.
+fn journal_pages(holdup: Duration, pages: u64, cpus: u32) -> u64 {
     let bytes = holdup.as_nanos() * JOURNAL_PER_SECOND / 1_000_000_000;
     let bytes = u64::try_from(bytes).unwrap_or(JOURNAL_MOST).clamp(JOURNAL_LEAST, JOURNAL_MOST);
-    (bytes / PAGE_SIZE).min(pages)
+    // What two rings of each vCPU have, which may be dirty at least.
+    let rings = u64::from(cpus) * RINGS_OF_A_VCPU;
+    (bytes / PAGE_SIZE).max(rings).min(pages)
 }
 
 /// The journal's region, beside a VM's others.
 pub(super) fn wanted(vm: &str, config: &VmConfig) -> Result<Option<(allocator::RegionName, RegionSpec)>, RegionsError> {
     let Some(holdup) = config.holdup() else { return Ok(None) };
     let bytes = config.memory.0 + config.pmem.iter().map(|one| one.size.0).sum::<u64>();
-    let size = journal::region_size(journal_pages(holdup, bytes / PAGE_SIZE));
+    let size = journal::region_size(journal_pages(holdup, bytes / PAGE_SIZE, config.cpus));
     Ok(Some((region_name(vm, "journal")?, RegionSpec { kind: Kind::Journal, size, medium: config.medium })))
 }
 
@@ -297,11 +301,16 @@ impl DirtyBudget {
         Ok(Self { shared, flusher: Some(flusher.map_err(HoldUpError::Thread)?) })
     }
 
+    /// A freeze begins: nothing new is flushed beside it until [`DirtyBudget::go_on`].
+    pub(super) fn hold(&self) {
+        self.shared.is_held.store(true, Ordering::SeqCst);
+    }
+
     /// The machine stands, and is being frozen: what is dirty goes into the journal, durably. `None`: it does not fit, and must be
     /// flushed where it belongs.
     pub(super) fn write_journal(&self, sequence: u64) -> Option<JournalV1> {
+        self.hold();
         let shared = &*self.shared;
-        shared.is_held.store(true, Ordering::SeqCst);
         let pages = shared.pages();
         let runs: Vec<_> = pages.all().runs().collect();
         let begun = Instant::now();
@@ -492,10 +501,11 @@ mod tests {
 
     #[test]
     fn a_journal_has_room_for_what_a_hold_up_allows_and_not_for_more_than_there_is() {
-        let pages = |ms, memory: u64| journal_pages(Duration::from_millis(ms), memory / PAGE_SIZE) * PAGE_SIZE;
+        let pages = |ms, memory: u64| journal_pages(Duration::from_millis(ms), memory / PAGE_SIZE, 1) * PAGE_SIZE;
         assert_eq!(pages(1, 1 << 30), JOURNAL_LEAST);
         assert_eq!(pages(16, 1 << 30) >> 20, 16);
         assert_eq!(pages(60_000, 1 << 30), JOURNAL_MOST);
         assert_eq!(pages(60_000, 4 << 20), 4 << 20);
+        assert_eq!(journal_pages(Duration::from_millis(1), 1 << 20, 8), 8 * RINGS_OF_A_VCPU);
     }
 }

@@ -341,11 +341,22 @@ impl UnflushedPages {
         }
     }
 
-    /// Learns what was written, and makes cold what can be.
+    /// Learns what was written. What is hot stays so: each page that is armed anew costs the guest a fault.
     ///
     /// # Errors
     /// [`KvmError::Ioctl`].
     pub fn look(&self) -> Result<Standing, KvmError> {
+        let mut state = self.ram().told().state();
+        state.harvest(&self.vm);
+        state.take_written(self.ram());
+        Ok(standing(&state))
+    }
+
+    /// As [`UnflushedPages::look`], and makes cold what can be: before it is flushed.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn rearm(&self) -> Result<Standing, KvmError> {
         let mut state = self.ram().told().state();
         state.harvest(&self.vm);
         state.take_written(self.ram());
@@ -420,194 +431,4 @@ fn standing(state: &State) -> Standing {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use vm_memory::{Bytes, GuestAddress};
-
-    use super::super::super::memory::Anonymous;
-    use super::super::DirtyTracker;
-    use super::*;
-    use crate::machine::config::{ByteSize, Kernel, VmConfig};
-    use crate::machine::kvm::Host;
-    use crate::machine::{Machine, Wiring};
-
-    const MEMORY: usize = 16 << 20;
-    /// Two vCPUs with the least rings that KVM gives, twice over, and a little.
-    const SPARE: u64 = 64;
-
-    fn machine(guest: &str, cmdline: &str, cpus: u32) -> Machine {
-        let ram = GuestRam::place(Box::new(Anonymous::new(MEMORY).unwrap())).unwrap();
-        ram.bound_dirty_pages(1, cpus);
-        let config = VmConfig {
-            cpus,
-            memory: ByteSize(MEMORY as u64),
-            kernel: Kernel::Guest(guest.to_owned()),
-            cmdline: cmdline.to_owned(),
-            ..VmConfig::default()
-        };
-        let wiring =
-            Wiring { serial_output: Box::new(std::io::sink()), events: Arc::new(|_| ()), attachments: Vec::new() };
-        let mut machine = Machine::assemble(Host::open().unwrap(), &config, ram, wiring).unwrap();
-        machine.boot().unwrap();
-        machine
-    }
-
-    /// A copy of memory that is kept up to date.
-    struct Shadow(Vec<u8>);
-
-    impl Shadow {
-        fn of(ram: &GuestRam) -> Self {
-            let mut bytes = vec![0; MEMORY];
-            ram.copy_pages(0, &mut bytes).unwrap();
-            Self(bytes)
-        }
-
-        fn copy(&mut self, ram: &GuestRam, run: &std::ops::Range<u64>) {
-            let bytes = (run.start * PAGE_SIZE) as usize..(run.end * PAGE_SIZE) as usize;
-            ram.copy_pages(run.start, &mut self.0[bytes]).unwrap();
-        }
-
-        /// Pages that are not what they are now.
-        fn stale(&self, ram: &GuestRam) -> Vec<u64> {
-            let now = Self::of(ram).0;
-            let pages = now.chunks(4096).zip(self.0.chunks(4096));
-            (0..).zip(pages).filter(|(_, (now, then))| now != then).map(|(page, _)| page).collect()
-        }
-    }
-
-    /// Flushes what is cold to `flushed`, as the flusher does, while the guest runs.
-    fn flush(pages: &UnflushedPages, flushed: &mut Shadow, limit: u64) {
-        let standing = pages.look().unwrap();
-        assert!(standing.unflushed <= limit, "{standing:?}, at most {limit}");
-        loop {
-            let runs = pages.take(16);
-            if runs.is_empty() {
-                break;
-            }
-            runs.iter().for_each(|run| flushed.copy(pages.ram(), run));
-        }
-        pages.flushed(true);
-    }
-
-    fn both_hear_of_every_page(guest: &str, cmdline: &str, cpus: u32) {
-        let machine = machine(guest, cmdline, cpus);
-        let (tracker, ram) = (machine.dirty_tracker(), Arc::clone(machine.ram()));
-        let pages = machine.unflushed_pages().unwrap();
-        let limit = pages.least_limit() + SPARE;
-        pages.begin(&PageSet::new(ram.pages()), limit).unwrap();
-        tracker.enable().unwrap();
-        let (mut flushed, mut captured) = (Shadow::of(&ram), Shadow::of(&ram));
-        machine.run().unwrap();
-        for round in 0..20_u64 {
-            for _ in 0..4 {
-                std::thread::sleep(Duration::from_millis(1));
-                flush(&pages, &mut flushed, limit);
-            }
-            capture(&tracker, &mut captured);
-            ram.memory().write_obj(round + 1, GuestAddress(0x4000)).unwrap();
-            machine.pause().unwrap();
-            assert_eq!(captured_in_pause(&tracker, &mut captured), Vec::<u64>::new(), "a generation lacks pages");
-            let all = pages.all();
-            let lost: Vec<_> = flushed.stale(&ram).into_iter().filter(|page| !all.contains(*page)).collect();
-            assert_eq!(lost, Vec::<u64>::new(), "neither flushed nor said to be dirty");
-            // What the VMM wrote has no ring.
-            assert!(all.count() <= limit + 1, "{} pages are dirty, at most {limit}", all.count());
-            machine.run().unwrap();
-        }
-        assert!(!machine.has_ended(), "the guest went on all the time");
-    }
-
-    fn capture(tracker: &DirtyTracker, captured: &mut Shadow) {
-        let mut told = PageSet::new(tracker.ram().pages());
-        tracker.collect(&mut told).unwrap();
-        told.runs().for_each(|run| captured.copy(tracker.ram(), &run));
-    }
-
-    fn captured_in_pause(tracker: &DirtyTracker, captured: &mut Shadow) -> Vec<u64> {
-        capture(tracker, captured);
-        captured.stale(tracker.ram())
-    }
-
-    #[test]
-    fn a_walking_guest_is_bounded_and_both_hear_of_every_page() {
-        both_hear_of_every_page("memwalk", "pattern=uniform ws=8388608 write=100 verify=1", 1);
-    }
-
-    #[test]
-    fn a_ticking_guest_is_bounded_and_both_hear_of_every_page() {
-        both_hear_of_every_page("counter", "hz=1000 ram=1048576", 1);
-    }
-
-    #[test]
-    fn two_cpus_are_bounded_and_both_hear_of_every_page() {
-        both_hear_of_every_page("smp", "", 2);
-    }
-
-    #[test]
-    fn a_guest_that_waits_for_room_is_stopped_at_once_and_goes_on_when_there_is() {
-        let machine = machine("memwalk", "pattern=uniform ws=8388608 write=100 report=64", 1);
-        let pages = machine.unflushed_pages().unwrap();
-        let limit = pages.least_limit();
-        pages.begin(&PageSet::new(machine.ram().pages()), limit).unwrap();
-        machine.run().unwrap();
-        let begun = Instant::now();
-        while pages.standing().waiting == 0 {
-            assert!(begun.elapsed() < Duration::from_secs(20), "nobody flushes, so it waits: {:?}", pages.standing());
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let before = machine.devices().report().count();
-        std::thread::sleep(Duration::from_millis(30));
-        assert_eq!(machine.devices().report().count(), before, "it waits");
-        machine.pause().unwrap();
-        assert!(pages.all().count() <= limit, "{:?}", pages.standing());
-        machine.run().unwrap();
-        let mut flushed = Shadow::of(machine.ram());
-        let begun = Instant::now();
-        while machine.devices().report().count() < before + 4 {
-            assert!(begun.elapsed() < Duration::from_secs(20), "it goes on: {:?}", pages.standing());
-            flush(&pages, &mut flushed, limit);
-        }
-        assert!(pages.standing().waited > Duration::from_millis(20));
-    }
-
-    #[test]
-    fn a_limit_that_is_lowered_below_what_is_dirty_slows_the_guest_and_does_not_stop_it() {
-        let machine = machine("memwalk", "pattern=uniform ws=8388608 write=100 report=64", 1);
-        let pages = machine.unflushed_pages().unwrap();
-        pages.begin(&PageSet::new(machine.ram().pages()), 100_000).unwrap();
-        machine.run().unwrap();
-        let begun = Instant::now();
-        while pages.look().unwrap().unflushed < 4 * pages.grant() {
-            assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", pages.standing());
-        }
-        let limit = pages.least_limit();
-        pages.set_limit(limit);
-        let (mut flushed, before, begun) =
-            (Shadow::of(machine.ram()), machine.devices().report().count(), Instant::now());
-        while machine.devices().report().count() < before + 16 {
-            assert!(begun.elapsed() < Duration::from_secs(20), "it goes on: {:?}", pages.standing());
-            flush(&pages, &mut flushed, u64::MAX);
-        }
-        machine.pause().unwrap();
-        assert!(pages.all().count() <= limit, "{:?}", pages.standing());
-    }
-
-    #[test]
-    fn what_could_not_be_flushed_is_dirty_again() {
-        let machine = machine("boot", "", 1);
-        let pages = machine.unflushed_pages().unwrap();
-        let mut dirty = PageSet::new(machine.ram().pages());
-        dirty.insert_run(&(10..20));
-        dirty.insert(100);
-        pages.begin(&dirty, 1000).unwrap();
-        assert_eq!(pages.take(4), [10..14]);
-        assert_eq!((pages.standing().unflushed, pages.standing().cold), (11, 7));
-        assert_eq!(pages.all(), dirty, "what is under way is not durable");
-        pages.flushed(false);
-        assert_eq!(pages.standing().cold, 11);
-        assert_eq!(pages.take(100), [10..20, 100..101]);
-        pages.flushed(true);
-        assert_eq!((pages.standing().unflushed, pages.all().is_empty()), (0, true));
-    }
-}
+mod tests;

@@ -3,14 +3,14 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use allocator::RegionError;
-
 use super::{Shared, lock};
 use crate::machine::config::VmConfig;
 use crate::machine::memory::PAGE_SIZE;
 
 /// Pages that are under way at a time. A freeze that begins meanwhile waits behind them at the device.
 const BATCH: u64 = 32;
+/// Pages that are flushed before those that wait hear of it: a quarter of what may be dirty, within these.
+const QUOTA: std::ops::Range<u64> = 256..4096;
 /// The guest's pages may go unseen for so long: they are bounded by their rings. What devices write is not.
 const RARELY: Duration = Duration::from_millis(50);
 /// The most that devices are taken to write, in bytes a second.
@@ -46,10 +46,10 @@ pub(super) fn serve(shared: &Shared) {
             Err(error) => return shared.give_up(error.to_string()),
         };
         let much = 2 * standing.unflushed >= shared.limit.load(Ordering::Relaxed);
-        if standing.cold > 0 && (standing.waiting > 0 || much) {
-            if let Err(error) = cycle(shared) {
+        if standing.waiting > 0 || much {
+            if let Err(why) = cycle(shared) {
                 pages.flushed(false);
-                return shared.give_up(error.to_string());
+                return shared.give_up(why);
             }
         }
         let flushed = shared.flushed.load(Ordering::Relaxed);
@@ -60,17 +60,16 @@ pub(super) fn serve(shared: &Shared) {
     }
 }
 
-/// Makes durable all that is cold, and what became so meanwhile, once. What is dirty beside it would go with the flush at its end, all at once;
-/// so it goes before, by the batch.
-fn cycle(shared: &Shared) -> Result<(), RegionError> {
+/// Makes durable a part of what is cold, and of what became so meanwhile. What is dirty beside it would go with the flush at its end, all at once;
+/// so it goes before, by the batch. Only a part: who waits for room gets some, and a freeze that comes first has not undone all of it.
+fn cycle(shared: &Shared) -> Result<(), String> {
     let pages = shared.pages();
+    let quota = (shared.limit.load(Ordering::Relaxed) / 4).clamp(QUOTA.start, QUOTA.end);
     let mut touched = vec![false; shared.parts.len()];
     let mut count = 0;
-    for round in 0..2 {
-        if round > 0 && pages.look().is_err() {
-            break;
-        }
-        loop {
+    for round in 1..=2 {
+        pages.rearm().map_err(|error| error.to_string())?;
+        while count < round * quota {
             if shared.is_held.load(Ordering::SeqCst) || shared.is_over.load(Ordering::SeqCst) {
                 // They count as unflushed again.
                 pages.flushed(false);
@@ -84,14 +83,14 @@ fn cycle(shared: &Shared) -> Result<(), RegionError> {
             for (part, touched) in shared.parts.iter().zip(&mut touched) {
                 let own = part.of(&runs);
                 if !own.is_empty() {
-                    part.write_behind(&own)?;
+                    part.write_behind(&own).map_err(|error| error.to_string())?;
                     *touched = true;
                 }
             }
         }
     }
     let touched = shared.parts.iter().zip(&touched).filter(|(_, touched)| **touched);
-    touched.map(|(part, _)| part).try_for_each(super::Part::sync)?;
+    touched.map(|(part, _)| part).try_for_each(super::Part::sync).map_err(|error| error.to_string())?;
     shared.flushed.fetch_add(count * PAGE_SIZE, Ordering::Relaxed);
     pages.flushed(true);
     Ok(())

@@ -155,7 +155,7 @@ mod tests {
             let mut pace = Pace::of(&[Duration::from_nanos(took)], &[], bytes, u32::MAX);
             pace.learn_journal(bytes, Duration::from_nanos(took));
             pace.learn_rest(Duration::from_nanos(took));
-            pace.fits(Duration::from_nanos(holdup));
+            prop_assert!(pace.fits(Duration::ZERO) == 0 && pace.fits(Duration::from_nanos(holdup)) <= pace.fits(Duration::MAX));
         }
     }
 }
