@@ -39,9 +39,9 @@ fn a_guest_that_writes_as_fast_as_it_can_is_frozen_in_time_each_time_and_finds_w
     for medium in MEDIA {
         let perdure = Perdure::new();
         perdure.run(&[&["run", "web", "--detach", "--medium", medium], &WALK[..]].concat()).expect_code(0);
-        for round in 0..10_u64 {
+        for round in 0..6_u64 {
             eventually("touches", || reports(&perdure) > 64);
-            std::thread::sleep(Duration::from_millis(7 * round));
+            std::thread::sleep(Duration::from_millis(13 * round));
             let limit = holdup(&perdure)["limit"].as_u64().unwrap_or_else(|| panic!("{}", record(&perdure, "web")));
             let told = perdure.run(&["powerfail", "web", "--holdup", HOLD_UP, "--json"]).expect_code(0).json();
             let bytes = told[0]["report"]["bytes"].as_u64().unwrap_or_else(|| panic!("{told}"));
@@ -125,7 +125,7 @@ fn what_a_freeze_left_in_the_journal_is_in_the_generation_that_is_kept_of_the_fr
         perdure.run(&["powerfail", "web"]).expect_code(0);
         perdure.run(&["resume", "web", "--generation", "2", "--discard", "--detach"]).expect_code(0);
         let before = reports(&perdure);
-        eventually("touches of each page", || reports(&perdure) > before + 20_000);
+        eventually("touches of each page", || reports(&perdure) > before + 12_000);
         assert_eq!(record(&perdure, "web")["state"], "running", "{medium}: a page was not as it was written last");
     }
 }

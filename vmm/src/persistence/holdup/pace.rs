@@ -66,7 +66,7 @@ impl Pace {
     #[must_use]
     pub fn fits(&self, holdup: Duration) -> u64 {
         let left = holdup.saturating_sub(self.fixed());
-        let bytes = left.as_nanos() * u128::from(self.bytes_per_second) / 1_000_000_000;
+        let bytes = left.as_nanos().saturating_mul(self.bytes_per_second.into()) / 1_000_000_000;
         u64::try_from(bytes).unwrap_or(u64::MAX) / SAFETY
     }
 
