@@ -20,6 +20,9 @@ usage: lab exec SCRIPT [FILE...]   boot L1 with perdure and FILEs in /bin and th
                                    from SEED; a line for each; ends at the first violation. tests/lab/cuts runs it
        lab bench devices [--rounds N] [--seconds N] [--json FILE] [LOAD...]
                                    disk and network of a stock Linux in perdure and in QEMU's microvm, in turns, in L1
+       lab bench recovery [--rounds N] [--json FILE]
+                                   from a VMM's start until a stock Linux answers again, in L1: perdure's resume, boots, QEMU's
+                                   loadvm and its migration from a file
        lab guest FILE              write the guest's initramfs to FILE, for use outside of the lab
 /pool is a disk, /dax persistent memory, both fresh each time. perdure is PERDURE_BIN, or the newest built.
 ";
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
             }
         },
         ["bench", "devices", options @ ..] => bench_devices(options),
+        ["bench", "recovery", options @ ..] => bench_recovery(options),
         ["guest", file] => {
             std::fs::write(file, guest::initrd(&beside("chain"))).unwrap_or_else(|error| panic!("{file}: {error}"));
             ExitCode::SUCCESS
@@ -126,6 +130,25 @@ fn bench_devices(options: &[&str]) -> ExitCode {
         }
     }
     let report = bench::devices(&plan, &beside("chain"));
+    print(report.table().as_bytes());
+    if let Some(file) = file {
+        std::fs::write(file, format!("{:#}\n", report.json())).unwrap_or_else(|error| panic!("{file}: {error}"));
+    }
+    ExitCode::SUCCESS
+}
+
+fn bench_recovery(options: &[&str]) -> ExitCode {
+    let (mut rounds, mut file) = (3, None);
+    for pair in options.chunks(2) {
+        match pair {
+            ["--rounds", number] => {
+                rounds = number.parse().unwrap_or_else(|error| panic!("--rounds {number}: {error}\n{USAGE}"));
+            }
+            ["--json", path] => file = Some(path),
+            other => panic!("{other:?}: there is no such option\n{USAGE}"),
+        }
+    }
+    let report = bench::recovery::recovery(rounds, &beside("chain"));
     print(report.table().as_bytes());
     if let Some(file) = file {
         std::fs::write(file, format!("{:#}\n", report.json())).unwrap_or_else(|error| panic!("{file}: {error}"));

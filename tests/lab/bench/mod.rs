@@ -14,6 +14,7 @@
 //! less for a request; exits and interrupts for a request are KVM's own counts (debugfs).
 
 mod loads;
+pub mod recovery;
 mod report;
 
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use super::guest;
 use super::machine::{L1, Options};
 pub use loads::{LOADS, Load, Measured};
 pub use report::Report;
+use report::median;
 
 const SOON: Duration = Duration::from_secs(120);
 /// 10 s each on an idle machine, and 300 on a very busy one.

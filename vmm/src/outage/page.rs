@@ -16,7 +16,7 @@ h1{font-size:1.6em}h2{margin-top:2em}table{border-collapse:collapse;width:100%}\
 td,th{padding:.3em .6em;text-align:left;border-bottom:1px solid #ddd;vertical-align:middle;font-size:13px}\
 .good{color:#00684a}.bad{color:#b3001b;font-weight:bold}.big{font-size:1.3em}.key{display:inline-block;width:.9em;height:.9em;\
 margin:0 .3em 0 1em;vertical-align:-.1em}small,.dim{color:#666}.tile{display:inline-block;margin:0 2em 1em 0}\
-.tile b{display:block;font-size:1.5em}svg text{font:11px system-ui,sans-serif;fill:#444}";
+.tile b{display:block;font-size:1.5em}td.short{white-space:nowrap}td small{white-space:normal}svg text{font:11px system-ui,sans-serif;fill:#444}";
 
 /// Text as it may stand in a page.
 fn escape(text: &str) -> String {
@@ -103,7 +103,7 @@ fn explain(page: &mut String) {
     page.push_str(
         "<h2>Each outage</h2><p>Time runs from the power-fail signal (left) to darkness. Coloured bars are the steps of the freeze, in which the \
          VMM makes everything durable; the <b>black line</b> is the end of the hold-up, the time that the power supply lasts; the <b>grey area</b> is \
-         darkness. A freeze whose bars end before the line has met its hold-up. Then the VM was started again, and its guest recomputed its own output \
+         darkness. A freeze whose bars end before the line has met its hold-up. Each row has a scale of its own. Then the VM was started again, and its guest recomputed its own output \
          from the beginning.</p><p>",
     );
     let names = phases(&crate::persistence::freeze::FreezeSteps::default());
@@ -121,7 +121,10 @@ fn timelines(page: &mut String, tally: &Tally, all: usize) {
     page.push_str(
         "<table><tr><th>#<th>VM<th>power<th>from the signal<th>went on from<th>work lost<th>back after<th>verdict<th>seed</tr>",
     );
-    for outage in tally.kept() {
+    // As they came; machines side by side are not done in that order.
+    let mut kept: Vec<&OutageReport> = tally.kept().collect();
+    kept.sort_by_key(|outage| (!outage.is_violated(), outage.number));
+    for outage in kept {
         for vm in &outage.vms {
             row(page, outage, vm);
         }
@@ -132,7 +135,8 @@ fn timelines(page: &mut String, tally: &Tally, all: usize) {
 fn row(page: &mut String, outage: &OutageReport, vm: &VmOutage) {
     let mut power = escape(&outage.cut);
     if outage.flaps > 0 {
-        let _ = write!(power, "<br><small>came back {} times</small>", outage.flaps);
+        let times = if outage.flaps == 1 { "once".to_owned() } else { format!("{} times", outage.flaps) };
+        let _ = write!(power, "<br><small>came back {times}</small>");
     }
     if let Some(fault) = &outage.fault {
         let _ = write!(power, "<br><small>medium: {}</small>", escape(fault));
@@ -161,7 +165,8 @@ fn row(page: &mut String, outage: &OutageReport, vm: &VmOutage) {
     let resumed = vm.resume_ns.map(time).unwrap_or_default();
     let _ = write!(
         page,
-        "<tr><td>{}<td>{}<br><small>{}</small><td>{power}<td>{}<td>{went_on}<td>{lost}<td>{resumed}<td>{verdict}<td><small>{}</small></tr>",
+        "<tr><td>{}<td class=short>{}<br><small>{}</small><td>{power}<td>{}<td>{went_on}<td class=short>{lost}<td class=short>{resumed}<td>{verdict}\
+         <td><small>{}</small></tr>",
         outage.number,
         escape(&vm.name),
         escape(&vm.medium),
@@ -208,7 +213,7 @@ fn timeline(outage: &OutageReport, vm: &VmOutage) -> String {
         let _ = write!(
             svg,
             "<text x=\"{:.1}\" y=\"{}\">durable {}</text>",
-            x(total).min(WIDTH - 90.0),
+            x(total).min(WIDTH - 200.0),
             HEIGHT + 11.0,
             time(total)
         );
@@ -219,9 +224,11 @@ fn timeline(outage: &OutageReport, vm: &VmOutage) -> String {
     if let Some(holdup) = outage.holdup_ns {
         let _ = write!(
             svg,
-            "<line x1=\"{0:.1}\" x2=\"{0:.1}\" y1=\"0\" y2=\"{HEIGHT}\" stroke=\"#000\" stroke-width=\"2\"><title>hold-up: {1}</title></line>",
+            "<line x1=\"{0:.1}\" x2=\"{0:.1}\" y1=\"0\" y2=\"{HEIGHT}\" stroke=\"#000\" stroke-width=\"2\"><title>hold-up: {1}</title></line>\
+             <text x=\"{WIDTH}\" y=\"{2}\" text-anchor=\"end\">hold-up {1}</text>",
             x(holdup),
-            time(holdup)
+            time(holdup),
+            HEIGHT + 11.0
         );
     }
     svg.push_str("</svg>");

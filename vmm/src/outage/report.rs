@@ -32,6 +32,14 @@ pub struct OutageReport {
     pub vms: Vec<VmOutage>,
 }
 
+impl OutageReport {
+    /// Whether something was not as it must be.
+    #[must_use]
+    pub fn is_violated(&self) -> bool {
+        self.vms.iter().any(|vm| matches!(vm.verdict, Verdict::Violated { .. }))
+    }
+}
+
 /// What a VM went on from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "from", rename_all = "kebab-case")]

@@ -15,7 +15,7 @@ use super::ground::Ground;
 use super::interrupt::Interrupt;
 use super::life::{Doom, Life, was_cut};
 use super::plan::{Drawn, DrawnCut, VmPlan};
-use super::report::{OutageReport, Verdict};
+use super::report::OutageReport;
 use super::subject::{PATIENCE, Subject, Way};
 use super::warning::{Warning, power_back};
 use crate::machine::config::Kernel;
@@ -174,8 +174,7 @@ impl Simulation {
                 freeze.holdup_left_ns = drawn.holdup.map(|holdup| nanoseconds(holdup).saturating_sub(freeze.total_ns));
             }
         }
-        self.broken = vms.iter().any(|vm| matches!(vm.verdict, Verdict::Violated { .. }));
-        Ok(OutageReport {
+        let report = OutageReport {
             number,
             seed: drawn.seed,
             cut: drawn.planned.clone(),
@@ -187,7 +186,9 @@ impl Simulation {
             lost_bytes: loss.lost,
             lost_files: loss.lost_names,
             vms,
-        })
+        };
+        self.broken = report.is_violated();
+        Ok(report)
     }
 
     /// Until the power goes.
