@@ -308,6 +308,11 @@ impl Region {
         self.write_header(&mut self.stamped(), None, log.unwrap_or(0), "bind to its log")
     }
 
+    /// Makes durable what the header says: its writer may have been killed before it did. A part of a file has none.
+    pub(crate) fn flush_header(&self) -> Result<(), RegionError> {
+        if self.is_part { Ok(()) } else { self.sync() }
+    }
+
     /// Its id, which no other region of the pool ever has.
     pub(crate) fn id(&self) -> u64 {
         self.lease.info.id

@@ -336,7 +336,10 @@ impl Rvm {
     /// Writes durably into a region's header that it belongs to this log, unless it says so.
     fn bind(&self, region: &Region) -> Result<(), RvmError> {
         let other = match region.bound_to() {
-            Ok(Some(log)) | Err(Some(log)) if log == self.log.id() => return Ok(region.clear_stamp()?),
+            Ok(Some(log)) | Err(Some(log)) if log == self.log.id() => {
+                region.clear_stamp()?;
+                return Ok(region.flush_header()?);
+            }
             Ok(None) => None,
             Ok(Some(log)) => Some(self.segments.name_of(log)),
             // The copy that cannot be read may have named a log.

@@ -18,7 +18,7 @@ use crate::rvm::{RvmError, Segments, look as look_at};
 
 /// What the first page takes, in bytes.
 pub(super) const PAGE: usize = 4096;
-/// The log's size in bytes: some twenty changes, or one of about as many regions; a larger one is written as a new file.
+/// The log's size in bytes: a change of some twenty regions fits; a larger one is written as a new file.
 pub(super) const LOG: usize = 64 << 10;
 /// Ids of a pool's regions count from 1.
 pub(super) const LOG_ID: u64 = u64::MAX;

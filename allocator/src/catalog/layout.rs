@@ -123,7 +123,7 @@ fn decode_entries(bytes: &[u8]) -> Result<(Vec<RegionInfo>, Entries, Vec<u32>), 
     let (mut regions, mut entries, mut sums) = (Vec::new(), Entries::new(), Vec::new());
     let all = bytes.get(ENTRIES_AT..).unwrap_or_default().chunks_exact(SECTOR);
     for (entry, bytes) in all.enumerate() {
-        if bytes.iter().all(|byte| *byte == 0) {
+        if bytes == [0; SECTOR] {
             sums.push(0);
             continue;
         }

@@ -149,7 +149,7 @@ pub(crate) struct Found {
     pub(crate) batches: u64,
     /// There is a seal at the end.
     pub(crate) sealed: bool,
-    /// Whether more than half of the ring is in use.
+    /// Whether more than a quarter of the ring is in use: who reads it without a recovery reads all of that.
     pub(crate) crowded: bool,
 }
 
@@ -168,7 +168,7 @@ pub(crate) fn scan(log: &Region, status: &Status) -> Result<Found, RvmError> {
     if !sealed && ring.goes_on(place(end), end, until)? {
         return Err(damaged(log, format!("the batch at {end} is damaged, and it was durable once")));
     }
-    Ok(Found { ranges, end, batches, sealed, crowded: end - status.head > ring.length / 2 })
+    Ok(Found { ranges, end, batches, sealed, crowded: end - status.head > ring.length / 4 })
 }
 
 /// Brings all that the log has to its regions, and empties it. Interrupted anywhere, it does the same again.

@@ -32,8 +32,8 @@ pub(crate) struct Resumed {
 }
 
 impl Rvm {
-    /// Goes on with `log`, a redo log that serves `region` alone. Its changes are brought to the region first if there is no seal, or more than half of
-    /// the log is in use.
+    /// Goes on with `log`, a redo log that serves `region` alone. Its changes are brought to the region first if there is no seal, or more than a quarter
+    /// of the log is in use.
     ///
     /// # Errors
     /// As [`Rvm::initialize`] and [`Rvm::map`].
