@@ -275,7 +275,7 @@ impl DirtyBudget {
             "{name}: hold-up {holdup:?}: a freeze takes {:?} and {} MB/s; {} KiB may be dirty",
             pace.fixed(),
             pace.bytes_per_second() / 1_000_000,
-            limit * PAGE_SIZE >> 10
+            (limit * PAGE_SIZE) >> 10
         );
         pages.begin(&unflushed, limit)?;
         let shared = Arc::new(Shared {
@@ -408,8 +408,8 @@ impl Shared {
             tracing::warn!(
                 "{}: {} KiB fit into the hold-up by now, and {} KiB may be dirty at least: a freeze may not be in time",
                 self.name,
-                fits * PAGE_SIZE >> 10,
-                least * PAGE_SIZE >> 10
+                (fits * PAGE_SIZE) >> 10,
+                (least * PAGE_SIZE) >> 10
             );
         }
         let limit = fits.min(capacity).max(least);

@@ -46,11 +46,11 @@ pub(super) fn serve(shared: &Shared) {
             Err(error) => return shared.give_up(error.to_string()),
         };
         let much = 2 * standing.unflushed >= shared.limit.load(Ordering::Relaxed);
-        if standing.waiting > 0 || much {
-            if let Err(why) = cycle(shared) {
-                pages.flushed(false);
-                return shared.give_up(why);
-            }
+        if (standing.waiting > 0 || much)
+            && let Err(why) = cycle(shared)
+        {
+            pages.flushed(false);
+            return shared.give_up(why);
         }
         let flushed = shared.flushed.load(Ordering::Relaxed);
         if probed.0.elapsed() > PROBE_EVERY && flushed != probed.1 {

@@ -176,7 +176,7 @@ fn what_could_not_be_flushed_is_dirty_again() {
     dirty.insert_run(&(10..20));
     dirty.insert(100);
     pages.begin(&dirty, 1000).unwrap();
-    assert_eq!(pages.take(4), [10..14]);
+    assert_eq!(pages.take(4).first(), Some(&(10..14)));
     assert_eq!((pages.standing().unflushed, pages.standing().cold), (11, 7));
     assert_eq!(pages.all(), dirty, "what is under way is not durable");
     pages.flushed(false);
