@@ -31,6 +31,11 @@ fn lab(directory: &Path) -> Lab {
     Lab { journal, ram, other }
 }
 
+/// A list of one run.
+fn one(run: Range<u64>) -> Vec<Range<u64>> {
+    std::iter::once(run).collect()
+}
+
 fn content(page: u64, seed: u8) -> Vec<u8> {
     (0..PAGE).map(|at| (at as u64 * 31 + page * 7).to_le_bytes()[0] ^ seed).collect()
 }
@@ -78,12 +83,12 @@ fn a_measurement_leaves_the_journal_alone() {
     let directory = tempfile::tempdir().unwrap();
     let mut lab = lab(directory.path());
     let most = lab.journal.capacity();
-    let named = write(&mut lab, 2, &[0..most], 3).unwrap();
+    let named = write(&mut lab, 2, &one(0..most), 3).unwrap();
     for pages in [0, 1, PROBE_PAGES] {
         lab.journal.probe(pages).unwrap();
     }
     assert!(matches!(lab.journal.probe(PROBE_PAGES + 1), Err(JournalError::Full { .. })));
-    assert_eq!(replay(&mut lab, &named, RAM_PAGES).0, all(&[0..most], 3));
+    assert_eq!(replay(&mut lab, &named, RAM_PAGES).0, all(&one(0..most), 3));
 }
 
 #[test]
@@ -101,16 +106,16 @@ fn more_than_there_is_room_for_is_refused_and_as_much_is_not() {
     let mut lab = lab(directory.path());
     let most = lab.journal.capacity();
     assert!(most >= ROOM);
-    assert!(matches!(write(&mut lab, 1, &[0..most + 1], 3), Err(JournalError::Full { .. })));
-    let named = write(&mut lab, 2, &[0..most], 3).unwrap();
-    assert_eq!(replay(&mut lab, &named, RAM_PAGES).0, all(&[0..most], 3));
+    assert!(matches!(write(&mut lab, 1, &one(0..most + 1), 3), Err(JournalError::Full { .. })));
+    let named = write(&mut lab, 2, &one(0..most), 3).unwrap();
+    assert_eq!(replay(&mut lab, &named, RAM_PAGES).0, all(&one(0..most), 3));
 }
 
 #[test]
 fn the_journal_of_another_vm_or_context_is_none() {
     let directory = tempfile::tempdir().unwrap();
     let mut lab = lab(directory.path());
-    let named = write(&mut lab, 4, &[1..3], 4).unwrap();
+    let named = write(&mut lab, 4, &one(1..3), 4).unwrap();
     for wrong in [
         JournalV1 { sequence: 5, ..named },
         JournalV1 { pages: 1, ..named },

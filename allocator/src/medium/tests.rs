@@ -124,7 +124,7 @@ proptest! {
             put(&mapping, (page * PAGE_SIZE) as usize + 17, &[1]);
         }
         let pagemap = File::open("/proc/self/pagemap").unwrap();
-        let flat = |found: Vec<std::ops::Range<u64>>| found.into_iter().flatten().collect::<Vec<_>>();
+        let flat = |found: Vec<Range<u64>>| found.into_iter().flatten().collect::<Vec<_>>();
         let expected: Vec<u64> = written.into_iter().collect();
         prop_assert_eq!(&flat(nvdimm::by_pagemap(&pagemap, &mapping).unwrap()), &expected);
         match nvdimm::by_scan(&pagemap, &mapping) {
