@@ -109,8 +109,8 @@ fn disks_survive_outages() {
     let script = WORK_ON_DISKS.replace("ROUNDS", &ROUNDS.to_string());
     run(&mut l1, &script, &format!("--ram {RAM} --disk data:4M --disk {IMAGE}"));
     let mut printed = String::new();
-    for (outage_number, worker) in [(1, "threads"), (2, "io_uring"), (3, "threads")] {
-        let rounds = ROUNDS * outage_number / 4;
+    for (outage_number, worker) in [(1, "threads"), (2, "io_uring")] {
+        let rounds = ROUNDS * outage_number / 3;
         wait_for(&mut l1, &printed, |output| last(output, "disks: round").is_some_and(|round| round >= rounds));
         let list = l1.check("PERDURE_POOL=/pool/pool perdure list --json", SOON);
         assert!(paged(&list).is_some_and(|paged| paged.swapped > 0), "its memory is swapped: {list}");

@@ -113,7 +113,7 @@ fn a_database_survives_outages(outages: u64, seed: u64) {
 #[test]
 fn sqlite_in_debian_loses_no_row_and_no_connection_when_the_power_fails() {
     let seed = number_from(SEED, 21);
-    in_emulation(|| a_database_survives_outages(number_from(OUTAGES, 2), seed));
+    in_emulation(|| a_database_survives_outages(number_from(OUTAGES, 1), seed));
 }
 
 /// What a cut may cost beyond the age of the generation, in seconds: a clock shows whole ones, and a row is told some time after its commit.
