@@ -61,6 +61,25 @@ impl Stream {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&seen.bytes).into_owned()
     }
+
+    /// What has come, as soon as that is `enough`, it is all, or `limit` has passed.
+    fn wait_for(
+        &self,
+        limit: Duration,
+        interrupt: &Interrupt,
+        enough: impl Fn(&str) -> bool,
+    ) -> Result<String, OutageError> {
+        let deadline = Instant::now() + limit;
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            interrupt.check()?;
+            let words = String::from_utf8_lossy(&seen.bytes).into_owned();
+            if enough(&words) || seen.ended || Instant::now() > deadline {
+                return Ok(words);
+            }
+            seen = self.more.wait_timeout(seen, LOOK_EVERY).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
 }
 
 /// What a process is to suffer.
@@ -131,6 +150,16 @@ impl Life {
         self.errors.text()
     }
 
+    /// What it complained of, as soon as that is `enough`, or all of it: of two outputs, what was written first may be read last.
+    pub(super) fn wait_for_complaints(
+        &self,
+        limit: Duration,
+        interrupt: &Interrupt,
+        enough: impl Fn(&str) -> bool,
+    ) -> Result<String, OutageError> {
+        self.errors.wait_for(limit, interrupt, enough)
+    }
+
     /// How many lines it printed so far.
     pub(super) fn lines(&self) -> usize {
         let seen = self.output.seen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -181,5 +210,32 @@ impl Drop for Life {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn words_that_come_late_are_waited_for_and_not_beyond_the_end() {
+        let interrupt = Interrupt::listen().unwrap();
+        let (pipe, mut writer) = std::io::pipe().unwrap();
+        let (stream, reader) = Stream::follow(pipe);
+        let writes = std::thread::spawn(move || {
+            for words in ["it ", "goes on ", "from here"] {
+                std::thread::sleep(Duration::from_millis(20));
+                writer.write_all(words.as_bytes()).unwrap();
+            }
+        });
+        let long = Duration::from_secs(60);
+        let wait =
+            |limit, word: &'static str| stream.wait_for(limit, &interrupt, |words| words.contains(word)).unwrap();
+        assert!(wait(long, "goes on").starts_with("it goes on"));
+        assert_eq!(wait(long, "nowhere"), "it goes on from here");
+        writes.join().unwrap();
+        reader.join().unwrap();
     }
 }

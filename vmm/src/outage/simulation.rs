@@ -412,8 +412,10 @@ impl Simulation {
             aftermath.resume = subject.wait_until_up(&pool, &self.interrupt)?;
             let Some(life) = &mut subject.life else { continue };
             if let Way::Recover(newest) = way {
+                let went = |words: &str| went_back_to(words).is_some();
+                let words = life.wait_for_complaints(PATIENCE, &self.interrupt, went)?;
                 // One that was cut off may have said nothing.
-                let id = went_back_to(&life.complaints());
+                let id = went_back_to(&words);
                 let id = id.or_else(|| again.map(|_| newest.id.to_string()));
                 aftermath.recovered = id.map(|id| (id, newest.time_ms)).or(aftermath.recovered.take());
             }
