@@ -269,6 +269,11 @@ impl<'a> Walk<'a> {
         Ok(Self { pool, plan, workload, file })
     }
 
+    /// The same list, walked in another pool.
+    fn inside<'b>(&'b self, pool: &'b BenchPool) -> Walk<'b> {
+        Walk { pool, plan: self.plan, workload: self.workload, file: self.file.clone() }
+    }
+
     /// Both legs over a working set that fits, and what lies between them.
     fn what_fits(&self) -> Result<(Vec<LegResult>, Option<Overhead>), PagingError> {
         match overhead::measure(self) {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::worker::{Spec, Worker};
-use super::{Leg, LegResult, PagingError, SAMPLE_MS, Sample, Walk, per_cpu_second};
+use super::{BenchPool, Leg, LegResult, PagingError, SAMPLE_MS, Sample, VM, Walk, per_cpu_second};
 use crate::machine::config::ByteSize;
 
 /// How long one goes on.
@@ -104,27 +104,30 @@ impl Sum {
 /// [`PagingError`].
 pub(super) fn measure(walk: &Walk<'_>) -> Result<([LegResult; 2], Option<Overhead>), PagingError> {
     let (mut without, mut with) = (Sum::default(), Sum::default());
+    // A pool for each: a VM may be halted while it has its pool's table of the budget of RAM, which the other would wait for.
+    let pool = |name| BenchPool::create(&walk.pool.directory().join(name));
+    let pools = [pool("fits")?, pool("fits-paged")?];
+    let walks = pools.each_ref().map(|pool| walk.inside(pool));
     let mut ratios = Vec::new();
     for _ in 0..PAIRS_OF_VMS {
-        ratios.push(pair_of_vms(walk, &mut without, &mut with)?);
+        ratios.push(pair_of_vms(&walks, &mut without, &mut with)?);
     }
     Ok(([without.result(Leg::Fits), with.result(Leg::FitsPaged)], Overhead::of(&ratios, &with)))
 }
 
-const NAMES: [&str; 2] = ["fits", "fits-paged"];
-
-fn pair_of_vms(walk: &Walk<'_>, without: &mut Sum, with: &mut Sum) -> Result<Vec<f64>, PagingError> {
-    let ratios = in_turns(walk, without, with);
+fn pair_of_vms(walks: &[Walk<'_>; 2], without: &mut Sum, with: &mut Sum) -> Result<Vec<f64>, PagingError> {
+    let ratios = in_turns(walks, without, with);
     // Both, and the first thing that went wrong is what is told.
-    let removed = NAMES.map(|name| walk.remove_guest(name));
+    let removed = walks.each_ref().map(|walk| walk.remove_guest(VM));
     let ratios = ratios?;
     removed.into_iter().collect::<Result<Vec<_>, _>>().map(|_| ratios)
 }
 
-fn in_turns(walk: &Walk<'_>, without: &mut Sum, with: &mut Sum) -> Result<Vec<f64>, PagingError> {
-    let [plain, paged] = NAMES;
-    let (mut plain, mut paged) = (warmed(walk, plain, None)?, warmed(walk, paged, Some(walk.plan.ram))?);
-    let pairs = (u128::from(walk.plan.length_ms) / SLICE.as_millis() / 2).max(PAIRS_LEAST);
+fn in_turns(walks: &[Walk<'_>; 2], without: &mut Sum, with: &mut Sum) -> Result<Vec<f64>, PagingError> {
+    let [plain, paged] = walks;
+    let plan = plain.plan;
+    let (mut plain, mut paged) = (warmed(plain, None)?, warmed(paged, Some(plan.ram))?);
+    let pairs = (u128::from(plan.length_ms) / SLICE.as_millis() / 2).max(PAIRS_LEAST);
     let mut ratios = Vec::new();
     for pair in 0..pairs {
         let (one, other);
@@ -144,8 +147,8 @@ fn in_turns(walk: &Walk<'_>, without: &mut Sum, with: &mut Sum) -> Result<Vec<f6
 }
 
 /// A guest that has gone through its list, and stands still.
-fn warmed(walk: &Walk<'_>, name: &str, ram: Option<ByteSize>) -> Result<Worker, PagingError> {
-    let part = walk.make_guest(name, ram)?;
+fn warmed(walk: &Walk<'_>, ram: Option<ByteSize>) -> Result<Worker, PagingError> {
+    let part = walk.make_guest(VM, ram)?;
     let mut worker = Worker::start(&Spec { part, processes: None, sample_ms: SAMPLE_MS })?;
     worker.go()?;
     walk.warm_up(&mut worker)?;
