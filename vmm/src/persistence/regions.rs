@@ -427,8 +427,9 @@ impl VmRegions {
             }
         };
         let ram = GuestRam::place_with(memory, self.pmem.map()?)?;
-        if let (Some(pace), Some(holdup)) = (&self.pace, self.context.config.holdup()) {
-            ram.bound_dirty_pages(pace.fits(holdup) / PAGE_SIZE, self.context.config.cpus);
+        if let (Some(pace), Some(holdup), Some(journal)) = (&self.pace, self.context.config.holdup(), &self.journal) {
+            let most = super::holdup::lock(journal).capacity();
+            ram.bound_dirty_pages(most.min(pace.fits(holdup) / PAGE_SIZE), self.context.config.cpus);
         }
         self.mapping = mapping;
         self.placed = Some(Arc::clone(&ram));

@@ -42,6 +42,8 @@ struct Ring {
     base: NonNull<kvm_dirty_gfn>,
     entries: u32,
     next: u32,
+    /// Entries that were taken and are not armed again.
+    taken: u64,
 }
 
 // SAFETY: the memory is the process's, not a thread's; it is used under the lock of `DirtyRings::rings` alone.
@@ -79,7 +81,7 @@ impl DirtyRings {
         let failed = |source| KvmError::Ioctl { doing: "mapping a vCPU's dirty ring", source };
         let base = NonNull::new(base.map_err(|error| failed(error.into()))?.cast());
         let base = base.ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
-        self.lock().push(Ring { base, entries: self.entries, next: 0 });
+        self.lock().push(Ring { base, entries: self.entries, next: 0, taken: 0 });
         Ok(())
     }
 
@@ -95,11 +97,25 @@ impl DirtyRings {
         self.lock().iter_mut().for_each(|ring| ring.harvest(tell));
     }
 
-    /// Pages that were taken are told anew from now on.
+    /// Pages that were taken are told anew from now on, all of them.
+    ///
+    /// Linux 6.18 breaks off where a signal is pending, says how many entries it did, and was seen to leave pages unwatched then, for good. vCPUs are
+    /// kicked by signals; so none is let through meanwhile.
     pub(super) fn rearm(&self, fd: &VmFd) -> io::Result<()> {
-        // SAFETY: KVM_RESET_DIRTY_RINGS has no argument; it changes entries that are marked as taken, which nobody looks at.
-        let rearmed = unsafe { libc::ioctl(fd.as_raw_fd(), RESET_DIRTY_RINGS as libc::Ioctl, 0) };
-        if rearmed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        let mut rings = self.lock();
+        let mut left: u64 = rings.iter().map(|ring| ring.taken).sum();
+        let _undisturbed = Undisturbed::begin();
+        while left > 0 {
+            // SAFETY: KVM_RESET_DIRTY_RINGS has no argument; it changes entries that are marked as taken, which nobody looks at.
+            let rearmed = unsafe { libc::ioctl(fd.as_raw_fd(), RESET_DIRTY_RINGS as libc::Ioctl, 0) };
+            match u64::try_from(rearmed) {
+                Err(_) => return Err(io::Error::last_os_error()),
+                Ok(0) => return Err(io::Error::other(format!("{left} entries were not armed again"))),
+                Ok(rearmed) => left = left.saturating_sub(rearmed),
+            }
+        }
+        rings.iter_mut().for_each(|ring| ring.taken = 0);
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Ring>> {
@@ -123,7 +139,30 @@ impl Ring {
             tell(slot & 0xffff, offset);
             flags.store(TAKEN, Ordering::Release);
             self.next = self.next.wrapping_add(1);
+            self.taken += 1;
         }
+    }
+}
+
+/// No signal reaches this thread until this is dropped.
+struct Undisturbed(libc::sigset_t);
+
+impl Undisturbed {
+    fn begin() -> Self {
+        // SAFETY: both sets are plain data that the calls fill in; only the calling thread's mask changes.
+        unsafe {
+            let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+            Self(before)
+        }
+    }
+}
+
+impl Drop for Undisturbed {
+    fn drop(&mut self) {
+        // SAFETY: the mask is the one that this thread had.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
     }
 }
 
