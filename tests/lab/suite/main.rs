@@ -5,6 +5,7 @@ mod cuts;
 mod debian;
 mod devices;
 mod disks;
+mod holdup;
 mod kernel_log;
 mod machine;
 mod network;

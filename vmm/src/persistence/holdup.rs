@@ -92,6 +92,12 @@ pub enum HoldUpError {
         /// As measured.
         bytes_per_second: u64,
     },
+    /// KVM's rings.
+    #[error(
+        "VM {0} cannot be kept within a hold-up here: this KVM works without VMX and SVM, and its dirty rings lose pages that kernels write. \
+         A machine with one of them would do; without a hold-up (`--holdup none`) the VM runs and is frozen as ever"
+    )]
+    Rings(String),
     /// Memory that is still on its way.
     #[error(
         "the memory of VM {0} is still being restored, which no hold-up can bound: `perdure resume {0} --holdup none` goes on without, and once all of it is there a hold-up can be given again"
