@@ -37,7 +37,7 @@ struct Bench {
 impl Bench {
     fn on(medium: MediumKind, base: &Path) -> Self {
         let directory = tempfile::Builder::new().prefix("rvm-bench").tempdir_in(base).unwrap();
-        let pool = Arc::new(Pool::create_or_open(&directory.path().join("pool"), Arc::new(HostVfs)).unwrap());
+        let pool = Arc::new(Pool::create_or_open(directory.path().join("pool"), Arc::new(HostVfs)).unwrap());
         let name = |text: &str| -> RegionName { text.parse().unwrap() };
         let (log, region) = (name("bench/log"), name("bench/region"));
         Rvm::create_log(&pool, &log, LogSpec { medium: Some(medium), ..LogSpec::default() }).unwrap();
