@@ -12,7 +12,9 @@
 
 pub mod console;
 pub mod control;
+mod error;
 pub mod generations;
+mod inboxes;
 pub mod launch;
 mod measured;
 mod memory_news;
@@ -24,22 +26,20 @@ pub mod terminal;
 mod wake;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use allocator::Pool;
-use allocator::budget::BudgetError;
-use allocator::filler::FillerEvents;
-use allocator::paging::PagingEvents;
 use devices::MachineRequest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vfs::cut::point::{Point, pass};
 
-use console::{Console, ConsoleError};
-use control::{ControlError, ControlServer, Pending, Request, Response, socket_path};
+use console::Console;
+use control::{ControlServer, Pending, Request, Response, socket_path};
+pub use error::SupervisorError;
 use generations::{Generations, Order, Teller};
-use memory_news::MemoryNews;
+use inboxes::Inboxes;
 use power::PowerSignals;
 use ram_budget::{Place, RamBudget};
 use terminal::Keyboard;
@@ -47,15 +47,15 @@ use wake::Wake;
 
 use crate::machine::config::{ByteSize, ConsoleDevice};
 use crate::machine::jail::{self, Role};
-use crate::machine::kvm::{Host, KvmError, VcpuFailure};
-use crate::machine::{Machine, MachineError, MachineEvent, Wiring};
+use crate::machine::kvm::{Host, VcpuFailure};
+use crate::machine::{Machine, MachineEvent, Wiring};
 use crate::persistence::capture::CaptureError;
 use crate::persistence::context::ConsoleStateV1;
-use crate::persistence::freeze::{DEVICES_REST, FreezeError, FreezeReport, Output, Surroundings, Vcpus};
+use crate::persistence::freeze::{DEVICES_REST, FreezeReport, Output, Surroundings, Vcpus};
 use crate::persistence::lifecycle::{Event, State};
-use crate::persistence::regions::{RegionsError, VmRegions};
+use crate::persistence::regions::VmRegions;
 use crate::persistence::restoring::{self, Paging};
-use crate::persistence::resume::{self, ResumeError};
+use crate::persistence::resume::{self};
 
 /// While input waits for the guest to take it, how often it is offered.
 const OFFER_EVERY: Duration = Duration::from_millis(5);
@@ -75,101 +75,6 @@ pub enum Ended {
     Failed(VcpuFailure),
     /// Memory that the guest asked for cannot be had from the generation that it is restored from: why, and which page.
     MemoryLost(String),
-}
-
-/// What can go wrong around a VM.
-#[derive(Debug, thiserror::Error)]
-pub enum SupervisorError {
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// The machine.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// Its regions.
-    #[error(transparent)]
-    Regions(#[from] RegionsError),
-    /// Its part of the pool's RAM.
-    #[error(transparent)]
-    Budget(#[from] BudgetError),
-    /// Resuming.
-    #[error(transparent)]
-    Resume(#[from] ResumeError),
-    /// The console.
-    #[error(transparent)]
-    Console(#[from] ConsoleError),
-    /// The control socket.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// Letting it run on.
-    #[error("the VM was frozen and cannot be let run on; it can be resumed")]
-    Thaw(#[source] FreezeError),
-    /// A generation.
-    #[error(transparent)]
-    Capture(#[from] CaptureError),
-    /// A generation that was asked for in this process.
-    #[error("there is no generation: {0}")]
-    NoGeneration(String),
-    /// Waiting for news.
-    #[error("cannot {doing}")]
-    System {
-        /// What.
-        doing: &'static str,
-        /// Why not.
-        #[source]
-        source: std::io::Error,
-    },
-}
-
-/// News that reach the supervisor through its inboxes.
-struct Inboxes {
-    machine: mpsc::Receiver<MachineEvent>,
-    machine_sender: mpsc::Sender<MachineEvent>,
-    memory: mpsc::Receiver<MemoryNews>,
-    memory_sender: mpsc::Sender<MemoryNews>,
-    control: mpsc::Receiver<Pending>,
-    control_sender: Option<mpsc::Sender<Pending>>,
-    wake: Arc<Wake>,
-}
-
-impl Inboxes {
-    fn new() -> std::io::Result<Self> {
-        let (machine_sender, machine) = mpsc::channel();
-        let (memory_sender, memory) = mpsc::channel();
-        let (control_sender, control) = mpsc::channel();
-        let wake = Arc::new(Wake::new()?);
-        Ok(Self { machine, machine_sender, memory, memory_sender, control, control_sender: Some(control_sender), wake })
-    }
-
-    /// Where news of memory that is being restored goes.
-    fn of_memory(&self) -> FillerEvents {
-        let (sender, wake) = (self.memory_sender.clone(), Arc::clone(&self.wake));
-        Arc::new(move |event| {
-            // The supervisor has ended if nobody receives.
-            let _ = sender.send(MemoryNews::Restore(event));
-            wake.ring();
-        })
-    }
-
-    /// Where news of memory that is paged goes.
-    fn of_paging(&self) -> PagingEvents {
-        let (sender, wake) = (self.memory_sender.clone(), Arc::clone(&self.wake));
-        Arc::new(move |event| {
-            let _ = sender.send(MemoryNews::Paging(event));
-            wake.ring();
-        })
-    }
-
-    fn wiring(&self, console: &Console) -> Result<Wiring, ConsoleError> {
-        let (sender, wake) = (self.machine_sender.clone(), Arc::clone(&self.wake));
-        let events = move |event| {
-            // The supervisor has ended if nobody receives.
-            let _ = sender.send(event);
-            wake.ring();
-        };
-        let attachments = console.attachment()?.into_iter().collect();
-        Ok(Wiring { serial_output: Box::new(console.output()), events: Arc::new(events), attachments })
-    }
 }
 
 /// A VM's process.
