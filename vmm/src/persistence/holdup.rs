@@ -52,9 +52,6 @@ const RINGS_OF_A_VCPU: u64 = 2048;
 /// What is written to measure a pace: as often, next to nothing; as often, as much as can be.
 const SMALL_WRITES: usize = 8;
 const LARGE_WRITES: usize = 3;
-/// A hold-up that is too short by less than this part of what is needed is taken all the same, with a warning: a measurement on a busy machine is
-/// not worth more.
-const ALMOST: u32 = 4;
 
 /// Why a VM cannot be kept within its hold-up.
 #[derive(Debug, thiserror::Error)]
@@ -459,9 +456,7 @@ fn check(
     } else {
         return Ok(());
     };
-    // As if the hold-up were that much longer.
-    let longer = holdup + holdup / ALMOST;
-    if is_strict && (fixed >= longer || pace.fits(longer) < least) {
+    if is_strict {
         return Err(refusal);
     }
     tracing::warn!("{refusal}; it runs, and its freezes may not be in time");
