@@ -4,7 +4,6 @@ use std::panic::resume_unwind;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use allocator::Pool;
 use anyhow::Context as _;
 use serde::Serialize;
 
@@ -109,8 +108,7 @@ pub(super) fn fail(environment: &Environment, args: &FailArgs) -> anyhow::Result
 fn fail_one(environment: &Environment, name: &str, args: &FailArgs) -> Option<Outcome> {
     let holdup_ns = args.holdup.map(nanoseconds);
     let mut outcome = Outcome { name: name.to_owned(), frozen: false, in_time: None, report: None, why: None };
-    let asked =
-        connect(environment, name, START_DEADLINE).and_then(|client| client.ask(&Request::PowerFail { holdup_ns }));
+    let asked = connect(environment, name).and_then(|client| client.ask(&Request::PowerFail { holdup_ns }));
     match asked {
         Err(error) if args.which.may_rest(&error) => return None,
         Ok(Response::Frozen(report)) => {
@@ -137,23 +135,20 @@ fn fail_one(environment: &Environment, name: &str, args: &FailArgs) -> Option<Ou
 
 /// Connects to the process that has a VM, as soon as it answers. It has the VM before that: from the moment on that a resume cleared
 /// the stamp a cut loses it, so a power-fail signal must not pass it by. Who only looks at a VM has it for moments.
-fn connect(environment: &Environment, name: &str, patience: Duration) -> Result<ControlClient, ControlError> {
+fn connect(environment: &Environment, name: &str) -> Result<ControlClient, ControlError> {
     let begun = Instant::now();
     loop {
         let nobody = match ControlClient::connect(&environment.pool, name) {
             Err(error @ ControlError::Nobody { .. }) => error,
             other => return other,
         };
-        let had = || environment.open_pool().is_ok_and(|pool| in_use(&pool, name));
-        if begun.elapsed() > patience || !had() {
+        let in_use = |pool| matches!(VmRegions::open(&pool, name), Err(RegionsError::InUse { .. }));
+        let had = || environment.open_pool().is_ok_and(in_use);
+        if begun.elapsed() > START_DEADLINE || !had() {
             return Err(nobody);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-}
-
-fn in_use(pool: &Pool, name: &str) -> bool {
-    matches!(VmRegions::open(pool, name), Err(RegionsError::InUse { .. }))
 }
 
 /// Waits until no process has the VM any more (or it runs on, because the power came back).
