@@ -265,10 +265,14 @@ mod tests {
 
     fn machine(guest: &str, cmdline: &str, cpus: u32, witness: Witness) -> Machine {
         let memory = Box::new(Anonymous::new(MEMORY).unwrap());
-        let ram = GuestRam::place_watched_by(memory, Vec::new(), witness).unwrap();
+        machine_over(GuestRam::place_watched_by(memory, Vec::new(), witness).unwrap(), guest, cmdline, cpus)
+    }
+
+    /// A machine with an embedded guest that has been booted.
+    pub(super) fn machine_over(ram: Arc<GuestRam>, guest: &str, cmdline: &str, cpus: u32) -> Machine {
         let config = VmConfig {
             cpus,
-            memory: ByteSize(MEMORY as u64),
+            memory: ByteSize(ram.pages() * PAGE_SIZE),
             kernel: Kernel::Guest(guest.to_owned()),
             cmdline: cmdline.to_owned(),
             ..VmConfig::default()

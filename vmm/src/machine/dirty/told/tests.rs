@@ -3,11 +3,10 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::machine::config::{ByteSize, Kernel, VmConfig};
+use crate::machine::Machine;
 use crate::machine::dirty::DirtyTracker;
-use crate::machine::kvm::Host;
+use crate::machine::dirty::tests::machine_over;
 use crate::machine::memory::Anonymous;
-use crate::machine::{Machine, Wiring};
 
 const MEMORY: usize = 16 << 20;
 /// Two vCPUs with the least rings that KVM gives, twice over, and a little.
@@ -16,17 +15,7 @@ const SPARE: u64 = 64;
 fn machine(guest: &str, cmdline: &str, cpus: u32) -> Machine {
     let ram = GuestRam::place(Box::new(Anonymous::new(MEMORY).unwrap())).unwrap();
     ram.bound_dirty_pages(1, cpus);
-    let config = VmConfig {
-        cpus,
-        memory: ByteSize(MEMORY as u64),
-        kernel: Kernel::Guest(guest.to_owned()),
-        cmdline: cmdline.to_owned(),
-        ..VmConfig::default()
-    };
-    let wiring = Wiring { serial_output: Box::new(std::io::sink()), events: Arc::new(|_| ()), attachments: Vec::new() };
-    let mut machine = Machine::assemble(Host::open().unwrap(), &config, ram, wiring).unwrap();
-    machine.boot().unwrap();
-    machine
+    machine_over(ram, guest, cmdline, cpus)
 }
 
 /// A copy of memory that is kept up to date.
