@@ -5,17 +5,16 @@
 
 use std::time::{Duration, Instant};
 
-use guests::pages::Access;
-use rustix::process::{Signal, getpid, kill_process};
+use guests::pages::{Access, List};
 use serde::Serialize;
 
-use super::{BenchError, BenchPool, Distribution, Shape};
+use super::{BenchError, BenchPool, Distribution, Shape, power_fail};
 use crate::machine::config::{ByteSize, Kernel, SerialTarget, VmConfig};
 use crate::machine::time::nanoseconds;
 use crate::persistence::freeze::{FreezeReport, FreezeSteps};
 use crate::persistence::regions::VmRegions;
+use crate::supervisor::Supervisor;
 use crate::supervisor::terminal::Keyboard;
-use crate::supervisor::{Ended, Supervisor};
 
 /// How long the guest may take to dirty its memory once.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -97,9 +96,12 @@ fn scattered(pool: &BenchPool, name: &str, shape: &Shape, pages: u64) -> Result<
         return Err(BenchError::Guest(format!("{pages} pages cannot lie scattered in {} of memory", shape.memory)));
     }
     let accesses = (0..pages).filter_map(|index| u32::try_from(index * stride).ok());
-    let list: Vec<u8> = accesses.flat_map(|page| Access { page, write: true }.entry().to_le_bytes()).collect();
+    let accesses = accesses.map(|page| Access { page, write: true });
+    let list = List::new(accesses, u32::try_from(usable).unwrap_or(u32::MAX));
+    let list = list.map_err(|error| BenchError::Guest(error.to_string()))?;
     let path = pool.directory().join(format!("{name}.list"));
-    std::fs::write(&path, list).map_err(|source| BenchError::System { doing: "write the list of pages", source })?;
+    std::fs::write(&path, list.to_bytes())
+        .map_err(|source| BenchError::System { doing: "write the list of pages", source })?;
     let config = VmConfig {
         cpus: shape.cpus,
         kernel: Kernel::GuestWith { guest: "pages".to_owned(), initrd: path },
@@ -129,13 +131,9 @@ fn wait_for_dirt(supervisor: &Supervisor, any: bool) -> Result<(), BenchError> {
 }
 
 fn one(supervisor: &mut Supervisor) -> Result<(u64, FreezeReport), BenchError> {
-    let signal = |source: rustix::io::Errno| BenchError::System { doing: "send SIGPWR", source: source.into() };
     let start = Instant::now();
-    kill_process(getpid(), Signal::POWER).map_err(signal)?;
-    match supervisor.serve()? {
-        Ended::Frozen(report) => Ok((nanoseconds(start.elapsed()), report)),
-        other => Err(BenchError::Guest(format!("{other:?}"))),
-    }
+    let report = power_fail(supervisor)?;
+    Ok((nanoseconds(start.elapsed()), report))
 }
 
 fn summarise(shape: Shape, dirty: ByteSize, layout: Layout, samples: &[(u64, FreezeReport)]) -> FreezeResult {

@@ -7,17 +7,16 @@
 use std::time::{Duration, Instant};
 
 use guests::random::SplitMix64;
-use rustix::process::{Signal, getpid, kill_process};
 use serde::Serialize;
 
-use super::{BenchError, BenchPool, Distribution, Shape};
+use super::{BenchError, BenchPool, Distribution, Shape, power_fail};
 use crate::machine::config::{ByteSize, VmConfig};
 use crate::machine::time::nanoseconds;
-use crate::persistence::freeze::{FreezeReport, FreezeSteps};
+use crate::persistence::freeze::FreezeSteps;
 use crate::persistence::holdup::HoldUpStatus;
 use crate::persistence::regions::{RegionsError, VmRegions};
 use crate::supervisor::terminal::Keyboard;
-use crate::supervisor::{Ended, Supervisor, SupervisorError};
+use crate::supervisor::{Supervisor, SupervisorError};
 
 /// Touches of pages between two reports of the guest.
 const REPORT: u64 = 256;
@@ -154,7 +153,7 @@ fn run(
     for _ in 0..plan.freezes {
         let pause = random.below(nanoseconds(APART));
         serve(supervisor, Duration::from_nanos(pause))?;
-        reports.push(freeze(supervisor)?);
+        reports.push(power_fail(supervisor)?);
         supervisor.power_back()?;
     }
     let mut unflushed: Vec<u64> = reports.iter().filter_map(|report| report.bytes).collect();
@@ -174,14 +173,5 @@ fn serve(supervisor: &mut Supervisor, length: Duration) -> Result<(), BenchError
     match supervisor.serve_a_while(length)? {
         None => Ok(()),
         Some(ended) => Err(BenchError::Guest(format!("it ended: {ended:?}"))),
-    }
-}
-
-fn freeze(supervisor: &mut Supervisor) -> Result<FreezeReport, BenchError> {
-    let signal = |source: rustix::io::Errno| BenchError::System { doing: "send SIGPWR", source: source.into() };
-    kill_process(getpid(), Signal::POWER).map_err(signal)?;
-    match supervisor.serve()? {
-        Ended::Frozen(report) => Ok(report),
-        other => Err(BenchError::Guest(format!("{other:?}"))),
     }
 }

@@ -34,12 +34,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use allocator::{MediumKind, Pool};
+use rustix::process::{Signal, getpid, kill_process};
 use serde::Serialize;
 use vfs::host::HostVfs;
 
 use crate::machine::config::{ByteSize, Kernel, SerialTarget, VmConfig};
+use crate::persistence::freeze::FreezeReport;
 use crate::persistence::regions::{RegionsError, VmRegions};
-use crate::supervisor::SupervisorError;
+use crate::supervisor::{Ended, Supervisor, SupervisorError};
 
 /// Why a bench could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -213,6 +215,16 @@ impl Drop for BenchPool {
         if let Err(error) = std::fs::remove_dir_all(&self.directory) {
             tracing::warn!("{} is left behind: {error}", self.directory.display());
         }
+    }
+}
+
+/// The power fails under a VM in this process. It can be let run on when this returns.
+fn power_fail(supervisor: &mut Supervisor) -> Result<FreezeReport, BenchError> {
+    let signal = |source: rustix::io::Errno| BenchError::System { doing: "send SIGPWR", source: source.into() };
+    kill_process(getpid(), Signal::POWER).map_err(signal)?;
+    match supervisor.serve()? {
+        Ended::Frozen(report) => Ok(report),
+        other => Err(BenchError::Guest(format!("{other:?}"))),
     }
 }
 
