@@ -85,8 +85,12 @@ impl Inspection {
             return format!("{length}, which nothing bounds any more: {why}");
         }
         let freezes = status.met + status.missed;
+        let overrun = match status.overrun {
+            0 => String::new(),
+            times => format!("; {times} times more was written in a slice of time than it was taken to allow"),
+        };
         format!(
-            "{length}: {} of {} may be dirty; an empty freeze takes {}; {} of {freezes} freezes were in time",
+            "{length}: {} of {} may be dirty; an empty freeze takes {}; {} of {freezes} freezes were in time{overrun}",
             output::bytes(status.unflushed),
             output::bytes(status.limit),
             output::time(status.fixed_ns),

@@ -7,7 +7,7 @@
 //! In place of KVM's dirty log the kernel's own may be asked: `PAGEMAP_SCAN` over memory that is write-protected asynchronously
 //! ([`allocator::medium::write_watch`]). See [`Witness`] for which one is chosen.
 //!
-//! A VM that has a hold-up has dirty rings in place of KVM's log ([`told`]): they bound what is dirty, and two listen to them.
+//! Of a VM that has a hold-up, what is dirty is bounded ([`Bound`]), and two listen to what it writes ([`told`]).
 //!
 //! Pages are numbered as they lie in the RAM region, one slot behind the other, not by guest address.
 
@@ -182,11 +182,42 @@ impl Witness {
     }
 }
 
-/// How many entries the ring of each of `cpus` vCPUs is to have where `pages` may be dirty. The larger, the more pages stay writable: what fits in
-/// the rings is told once. But there must be room for two rings full ([`told`]), also when less fits later.
-pub(super) fn ring_entries(pages: u64, cpus: u32) -> u32 {
-    let most = u32::try_from(pages / 4 / u64::from(cpus.max(1))).unwrap_or(u32::MAX).max(1);
-    1 << most.ilog2()
+/// What keeps a guest from writing to more pages than it may before somebody looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bound {
+    /// KVM's dirty rings ([`super::kvm::ring`]), of so many entries each: KVM lets nobody go on whose ring is full.
+    Rings {
+        /// Of the ring of each vCPU.
+        entries: u32,
+    },
+    /// Time ([`super::kvm::slice`]), where rings cannot be relied upon: a vCPU runs for a slice, and then looks.
+    Slices,
+}
+
+/// The environment variable that says what bounds a guest, whatever would be chosen: `rings` or `slices`.
+pub const BOUND: &str = "PERDURE_DIRTY_BOUND";
+
+impl Bound {
+    /// For `cpus` vCPUs where some `pages` may be dirty.
+    ///
+    /// Rings: the larger, the more pages stay writable, since what fits in the rings is told once. But there must be room for two rings full
+    /// ([`told`]), also when less fits later.
+    #[must_use]
+    pub fn chosen(pages: u64, cpus: u32) -> Self {
+        let most = u32::try_from(pages / 4 / u64::from(cpus.max(1))).unwrap_or(u32::MAX).max(1);
+        let rings = Self::Rings { entries: 1 << most.ilog2() };
+        match std::env::var(BOUND).as_deref() {
+            Ok("rings") => rings,
+            Ok("slices") => Self::Slices,
+            Err(_) if super::kvm::ring::are_sound() => rings,
+            Err(_) => Self::Slices,
+            Ok(other) => {
+                tracing::warn!("{BOUND} is {other:?}, and not rings or slices: slices it is, which work everywhere");
+                Self::Slices
+            }
+        }
+    }
 }
 
 /// Tells which pages of a machine's RAM changed. Clones ask the same machine; what one was told the other is not.
@@ -212,7 +243,7 @@ impl DirtyTracker {
     /// # Errors
     /// [`KvmError::Ioctl`].
     pub fn enable(&self) -> Result<(), KvmError> {
-        if self.vm.rings().is_some() {
+        if self.vm.teller().is_some() {
             self.ram.told().watch(self.ram.pages());
             return Ok(());
         }
@@ -230,7 +261,7 @@ impl DirtyTracker {
     /// # Errors
     /// [`KvmError::Ioctl`]: what was told so far is in `into`, and what was not will be told again.
     pub fn collect(&self, into: &mut PageSet) -> Result<(), KvmError> {
-        if self.vm.rings().is_some() {
+        if self.vm.teller().is_some() {
             return self.ram.told().collect(&self.vm, into);
         }
         match self.ram.witness() {

@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Gues
 use super::boot::layout;
 pub use super::boot::layout::PAGE_SIZE;
 use super::dirty::told::Told;
-use super::dirty::{PageSet, Witness, ring_entries};
+use super::dirty::{Bound, PageSet, Witness};
 
 /// Host memory that a guest may be given.
 ///
@@ -332,13 +332,13 @@ impl GuestRam {
         }
     }
 
-    /// No more than some `pages` of it are to be dirty: what `cpus` vCPUs write is told by rings that bound it. Before a machine is put together
-    /// over it; the first time counts.
+    /// No more than some `pages` of it are to be dirty: what `cpus` vCPUs write is bounded. Before a machine is put together over it; the
+    /// first time counts.
     pub fn bound_dirty_pages(&self, pages: u64, cpus: u32) {
-        self.told.want_rings(ring_entries(pages, cpus));
+        self.told.want(Bound::chosen(pages, cpus));
     }
 
-    /// What was told of changed pages and is not yet dealt with, where there are dirty rings.
+    /// What was told of changed pages and is not yet dealt with, where what is dirty is bounded.
     pub(super) fn told(&self) -> &Told {
         &self.told
     }

@@ -158,7 +158,7 @@ impl Machine {
         if config.cpus as usize > most {
             return Err(KvmError::TooManyCpus { asked: config.cpus, most }.into());
         }
-        let vm = Vm::create(&host, &ram, ram.told().ring_entries())?;
+        let vm = Vm::create(&host, &ram, ram.told().bound())?;
         let mut attachments: Vec<_> = wiring.attachments.into_iter().chain(virtio::built_in(config)).collect();
         let balloon = config.balloon.then(|| virtio::balloon::attach(&ram)).transpose();
         let balloon = balloon.map_err(|source| DeviceError::Bell { device: "balloon", source })?;

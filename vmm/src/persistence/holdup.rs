@@ -5,12 +5,12 @@
 //!
 //! ```text
 //!   pace     the VM's medium, measured: how many bytes fit                       (pace)
-//!   bound    no more pages than that are dirty: KVM's dirty rings, vCPUs wait    (machine::dirty::told)
+//!   bound    no more pages than that are dirty: rings or slices, vCPUs wait     (machine::dirty::told)
 //!   flusher  brings cold pages home while the guest runs                         (flusher)
 //!   journal  what is dirty at the freeze goes out in one sequential stream       (allocator::journal)
 //! ```
 //!
-//! A page that is flushed while the guest writes to it is told anew, since its ring entry was armed before ([`UnflushedPages`]).
+//! A page that is flushed while the guest writes to it is told anew, since it was watched anew before ([`UnflushedPages`]).
 //!
 //! The journal is named by the context, and replayed before anybody reads the memory of a frozen VM. The replay is not flushed: while the context
 //! counts, the journal is there to be replayed again; when it does not count any more, nobody needs it. What was replayed counts as unflushed in
@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use super::freeze::FreezeReport;
 use super::regions::{RegionsError, lease, region_name};
 use crate::machine::config::VmConfig;
-use crate::machine::dirty::{PageSet, UnflushedPages};
+use crate::machine::dirty::{Bound, PageSet, UnflushedPages};
 use crate::machine::jail::{self, Role};
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{GuestRam, PAGE_SIZE};
@@ -89,12 +89,6 @@ pub enum HoldUpError {
         /// As measured.
         bytes_per_second: u64,
     },
-    /// KVM's rings.
-    #[error(
-        "VM {0} cannot be kept within a hold-up here: this KVM works without VMX and SVM, and its dirty rings lose pages that kernels write. \
-         A machine with one of them would do; without a hold-up (`--holdup none`) the VM runs and is frozen as ever"
-    )]
-    Rings(String),
     /// Memory that is still on its way.
     #[error(
         "the memory of VM {0} is still being restored, which no hold-up can bound: `perdure resume {0} --holdup none` goes on without, and once all of it is there a hold-up can be given again"
@@ -221,6 +215,12 @@ pub struct HoldUpStatus {
     pub missed: u64,
     /// Why the bound does not hold, if it does not.
     pub unbounded: Option<String>,
+    /// What keeps the guest from writing to more than it may before somebody looks.
+    #[serde(default)]
+    pub bound: Option<Bound>,
+    /// How often it wrote to more all the same, in a slice of time.
+    #[serde(default)]
+    pub overrun: u64,
 }
 
 /// What the freeze, the flusher and who asks share.
@@ -315,8 +315,11 @@ impl DirtyBudget {
         self.hold();
         let shared = &*self.shared;
         let pages = shared.pages();
-        let runs: Vec<_> = pages.all().runs().collect();
         let begun = Instant::now();
+        let runs = pages.all().map(|all| all.runs().collect::<Vec<_>>());
+        let unknown =
+            |error: &KvmError| tracing::error!("{}: all its memory is flushed where it lies: {error}", shared.name);
+        let runs = runs.inspect_err(unknown).ok()?;
         let written = write(&mut lock(&shared.journal), &shared.ram, sequence, &runs, pages.ram());
         match written {
             Ok(named) => {
@@ -375,6 +378,8 @@ impl DirtyBudget {
             met: shared.met.load(Ordering::Relaxed),
             missed: shared.missed.load(Ordering::Relaxed),
             unbounded: shared.unbounded.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            bound: shared.pages().bound(),
+            overrun: standing.overrun,
         }
     }
 }

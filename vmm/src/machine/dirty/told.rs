@@ -1,29 +1,37 @@
 //! Pages that changed, told to each who wants to know, and a bound on those that are not durable.
 //!
 //! Witnesses tell a page once, and two want to hear of it: generations ([`super::DirtyTracker`]), and whoever flushes behind the guest
-//! ([`UnflushedPages`]). So what the dirty rings and the VMM's bitmap tell is taken in one place, here, and put down for both.
+//! ([`UnflushedPages`]). So what the VM's teller ([`Teller`]: rings, or a log) and the VMM's bitmap tell is taken in one place, here, and put down for
+//! both.
 //!
 //! ```text
-//!   guest writes ─► ring ──harvest──► hot ──rearm──► cold ──take──► in flight ──flushed──► durable
-//!   VMM writes ─► bitmap ──────────────────────────►─┘
+//!   guest writes ─► teller ──harvest──► hot ──rearm──► cold ──take──► in flight ──flushed──► durable
+//!   VMM writes ──► bitmap ────────────────────────────►─┘
 //! ```
 //!
-//! A *hot* page was taken from its ring and can still be written to without a word: flushing it would prove nothing. Rearming the rings makes
-//! it *cold*: a write to it after that is told, as hot again. Only cold pages are flushed.
+//! A *hot* page was told and can still be written to without a word: flushing it would prove nothing. Rearming makes it *cold*: a write to it
+//! after that is told, as hot again. Only cold pages are flushed.
 //!
 //! # The bound
 //!
-//! Let *grant* be what all rings hold. Between two rearms at most that many pages become dirty, whatever the guest does, and a vCPU whose ring is
+//! *Rings.* Let *grant* be what all rings hold. Between two rearms at most that many pages become dirty, whatever the guest does, and a vCPU whose ring is
 //! full waits. Who rearms for a vCPU leaves room for two grants below the limit, the flusher for one; so the flusher can always make what is hot
 //! cold, and unflushed pages never exceed the limit. (Pages that devices write are counted when somebody looks; they have no ring. And where the
 //! limit is lowered below what is dirty, one more grant is given, or what is hot could never be flushed.)
+//!
+//! *Slices.* Each vCPU is granted a slice for which there is room below the limit, beside what is dirty and what others were granted; at its end it
+//! looks what was written, by anybody, and asks for the next, or waits. Rearming grants nothing. [`slices`] has the sizes.
+
+mod slices;
 
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::super::kvm::teller::Teller;
 use super::super::kvm::{KvmError, Vm};
-use super::super::memory::{GuestRam, PAGE_SIZE};
-use super::PageSet;
+use super::super::memory::GuestRam;
+use super::{Bound, PageSet};
+use slices::Slices;
 
 /// Rings are armed anew whatever is dirty.
 const ROOM_OR_NOT: Option<u64> = None;
@@ -35,8 +43,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 pub(in super::super) struct Told {
     state: Mutex<State>,
     news: Condvar,
-    /// What the ring of each vCPU is to have.
-    ring_entries: OnceLock<u32>,
+    bound: OnceLock<Bound>,
 }
 
 #[derive(Debug, Default)]
@@ -91,8 +98,9 @@ struct Unflushed {
     in_flight: Counted,
     /// In pages.
     limit: u64,
-    /// What all rings hold.
+    /// What can be written before somebody looks.
     grant: u64,
+    slices: Slices,
     /// vCPUs that wait for room.
     waiting: u32,
     waited: Duration,
@@ -157,21 +165,29 @@ pub struct Standing {
     pub waiting: u32,
     /// How long vCPUs have waited so far, one after the other.
     pub waited: Duration,
+    /// How often more was written in a slice than had been granted ([`Bound::Slices`]).
+    pub overrun: u64,
 }
 
 impl State {
-    /// Takes what the guest's rings have.
-    fn harvest(&mut self, vm: &Vm) {
-        let Some(rings) = vm.rings() else { return };
-        let ranges = vm.ram().ranges();
-        rings.harvest(&mut |slot, offset| {
-            let slot = slot as usize;
-            let first: u64 = ranges.iter().take(slot).map(|range| range.length / PAGE_SIZE).sum();
-            if ranges.get(slot).is_some_and(|range| offset < range.length / PAGE_SIZE) {
-                self.generations.iter_mut().for_each(|pages| pages.insert(first + offset));
-                self.unflushed.iter_mut().for_each(|unflushed| unflushed.is_hot(first + offset));
-            }
+    /// Takes what the guest wrote.
+    fn harvest(&mut self, vm: &Vm) -> Result<(), KvmError> {
+        let mut new = 0;
+        let taken = vm.harvest(&mut |page| {
+            new += 1;
+            self.generations.iter_mut().for_each(|pages| pages.insert(page));
+            self.unflushed.iter_mut().for_each(|unflushed| unflushed.is_hot(page));
         });
+        if let (Some(unflushed), true) = (&mut self.unflushed, vm.teller().is_some_and(Teller::is_log)) {
+            unflushed.slices.check(new);
+        }
+        taken
+    }
+
+    /// Takes all that was written.
+    fn look(&mut self, vm: &Vm) -> Result<(), KvmError> {
+        self.take_written(vm.ram());
+        self.harvest(vm)
     }
 
     /// Takes what the VMM wrote.
@@ -182,13 +198,14 @@ impl State {
         self.unflushed.iter_mut().for_each(|unflushed| unflushed.are_written(&written));
     }
 
-    /// Arms the rings anew if there is room for so many grants, or in any case.
+    /// Has what was told be told anew, if there is room for so many grants where that grants something, or in any case.
     fn rearm(&mut self, vm: &Vm, grants: Option<u64>) -> Result<bool, KvmError> {
+        let grants = grants.filter(|_| !vm.teller().is_some_and(Teller::is_log));
         let may = |unflushed: &Unflushed| grants.is_none_or(|grants| unflushed.may_grant(grants));
         if !self.unflushed.as_ref().is_none_or(may) {
             return Ok(false);
         }
-        vm.rearm_rings()?;
+        vm.rearm()?;
         self.unflushed.iter_mut().for_each(Unflushed::rearmed);
         Ok(true)
     }
@@ -199,26 +216,28 @@ impl Told {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the guest writes is to be told by rings of so many entries each.
-    pub(in super::super) fn want_rings(&self, entries: u32) {
-        let _ = self.ring_entries.set(entries);
+    /// What the guest writes is to be bounded.
+    pub(in super::super) fn want(&self, bound: Bound) {
+        let _ = self.bound.set(bound);
     }
 
-    /// How many entries the ring of each vCPU is to have, if there are to be rings.
-    pub(in super::super) fn ring_entries(&self) -> Option<u32> {
-        self.ring_entries.get().copied()
+    /// By what, if it is.
+    pub(in super::super) fn bound(&self) -> Option<Bound> {
+        self.bound.get().copied()
     }
 
     /// Generations hear of what changes from now on. Twice is once.
     pub(super) fn watch(&self, pages: u64) {
-        self.state().generations.get_or_insert_with(|| PageSet::new(pages));
+        let State { generations, unflushed } = &mut *self.state();
+        // Writes to what is hot are not told: it may change from now on.
+        let hot = || unflushed.as_ref().map_or_else(|| PageSet::new(pages), |unflushed| unflushed.hot.pages.clone());
+        generations.get_or_insert_with(hot);
     }
 
     /// What changed since the last call, for generations.
     pub(super) fn collect(&self, vm: &Vm, into: &mut PageSet) -> Result<(), KvmError> {
         let mut state = self.state();
-        state.harvest(vm);
-        state.take_written(vm.ram());
+        state.look(vm)?;
         let rearmed = state.rearm(vm, Some(2))?;
         let State { generations, unflushed } = &mut *state;
         let Some(pages) = generations else { return Ok(()) };
@@ -234,25 +253,50 @@ impl Told {
     /// A vCPU's ring is full: it waits until there is room, or `is_to_stop`.
     pub(in super::super) fn on_ring_full(vm: &Vm, is_to_stop: &dyn Fn() -> bool) -> Result<(), KvmError> {
         let told = vm.ram().told();
-        let mut state = told.state();
-        state.harvest(vm);
-        if state.rearm(vm, Some(2))? {
-            return Ok(());
+        let rearmed = told.wait_for_room(is_to_stop, &mut |state| {
+            state.harvest(vm)?;
+            Ok(state.rearm(vm, Some(2))?.then_some(()))
+        });
+        rearmed.map(drop)
+    }
+
+    /// The slice of vCPU `index` is over: for how long the next is, once there is room. `None`: it `is_to_stop`.
+    pub(in super::super) fn next_slice(
+        vm: &Vm,
+        index: u32,
+        is_to_stop: &dyn Fn() -> bool,
+    ) -> Result<Option<Duration>, KvmError> {
+        vm.ram().told().wait_for_room(is_to_stop, &mut |state| {
+            state.harvest(vm)?;
+            let Some(unflushed) = &mut state.unflushed else { return Ok(Some(slices::LONGEST)) };
+            let dirty = unflushed.count();
+            Ok(unflushed.slices.grant(index, dirty, unflushed.limit))
+        })
+    }
+
+    /// Asks for room until there is some, or the vCPU `is_to_stop`.
+    fn wait_for_room<T>(
+        &self,
+        is_to_stop: &dyn Fn() -> bool,
+        ask: &mut dyn FnMut(&mut State) -> Result<Option<T>, KvmError>,
+    ) -> Result<Option<T>, KvmError> {
+        let mut state = self.state();
+        let mut answer = ask(&mut state);
+        if !matches!(answer, Ok(None)) {
+            return answer;
         }
         let begun = Instant::now();
         state.unflushed.iter_mut().for_each(|unflushed| unflushed.waiting += 1);
-        let mut result = Ok(false);
-        while !is_to_stop() && matches!(result, Ok(false)) {
-            told.news.notify_all();
-            state = told.news.wait_timeout(state, LOOK_EVERY).unwrap_or_else(PoisonError::into_inner).0;
-            state.harvest(vm);
-            result = state.rearm(vm, Some(2));
+        while !is_to_stop() && matches!(answer, Ok(None)) {
+            self.news.notify_all();
+            state = self.news.wait_timeout(state, LOOK_EVERY).unwrap_or_else(PoisonError::into_inner).0;
+            answer = ask(&mut state);
         }
         if let Some(unflushed) = &mut state.unflushed {
             unflushed.waiting -= 1;
             unflushed.waited += begun.elapsed();
         }
-        result.map(drop)
+        answer
     }
 
     /// Who waits here looks again what there is to do.
@@ -270,9 +314,9 @@ pub struct UnflushedPages {
 }
 
 impl UnflushedPages {
-    /// `None`: the machine has no rings.
+    /// `None`: the machine's are not bounded.
     pub(in super::super) fn of(vm: &Vm) -> Option<Self> {
-        vm.rings().map(|_| Self { vm: vm.clone() })
+        vm.teller().map(|_| Self { vm: vm.clone() })
     }
 
     /// The memory.
@@ -281,10 +325,16 @@ impl UnflushedPages {
         self.vm.ram()
     }
 
-    /// What all rings hold, in pages.
+    /// What vCPUs can write to before somebody looks, in pages, where there is little room.
     #[must_use]
     pub fn grant(&self) -> u64 {
-        self.vm.rings().map_or(0, super::super::kvm::ring::DirtyRings::pages)
+        self.vm.teller().map_or(0, |teller| teller.grant(slices::LEAST))
+    }
+
+    /// By what they are bounded.
+    #[must_use]
+    pub fn bound(&self) -> Option<Bound> {
+        self.ram().told().bound()
     }
 
     /// The least limit under which a guest can run, in pages.
@@ -302,8 +352,7 @@ impl UnflushedPages {
         let mut state = self.ram().told().state();
         // Whatever was told before is durable, or in `unflushed`.
         state.unflushed = None;
-        state.harvest(&self.vm);
-        state.take_written(self.ram());
+        state.look(&self.vm)?;
         state.rearm(&self.vm, ROOM_OR_NOT)?;
         let mut cold = Counted::new(pages);
         cold.add(unflushed);
@@ -313,6 +362,7 @@ impl UnflushedPages {
             in_flight: Counted::new(pages),
             limit: limit.max(self.least_limit()),
             grant: self.grant(),
+            slices: Slices::default(),
             waiting: 0,
             waited: Duration::ZERO,
         });
@@ -325,11 +375,12 @@ impl UnflushedPages {
     /// [`KvmError::Ioctl`].
     pub fn machine_changes(&self, to: &Self) -> Result<(), KvmError> {
         let mut state = self.ram().told().state();
-        state.harvest(&self.vm);
+        state.harvest(&self.vm)?;
         // All pages are watched in the new one.
         state.unflushed.iter_mut().for_each(Unflushed::rearmed);
         if let Some(unflushed) = &mut state.unflushed {
             unflushed.grant = to.grant();
+            unflushed.slices.forget();
         }
         Ok(())
     }
@@ -347,8 +398,7 @@ impl UnflushedPages {
     /// [`KvmError::Ioctl`].
     pub fn look(&self) -> Result<Standing, KvmError> {
         let mut state = self.ram().told().state();
-        state.harvest(&self.vm);
-        state.take_written(self.ram());
+        state.look(&self.vm)?;
         Ok(standing(&state))
     }
 
@@ -358,8 +408,7 @@ impl UnflushedPages {
     /// [`KvmError::Ioctl`].
     pub fn rearm(&self) -> Result<Standing, KvmError> {
         let mut state = self.ram().told().state();
-        state.harvest(&self.vm);
-        state.take_written(self.ram());
+        state.look(&self.vm)?;
         if let Some(unflushed) = state.unflushed.as_ref().filter(|unflushed| unflushed.hot.count > 0) {
             // Where the limit was lowered since, there may be no room for a grant, and nothing else that could be flushed to make some.
             let grants = if unflushed.cold.count + unflushed.in_flight.count == 0 { ROOM_OR_NOT } else { Some(1) };
@@ -393,16 +442,17 @@ impl UnflushedPages {
     }
 
     /// All pages that are not durable. The machine must stand, or what it writes meanwhile is not among them.
-    #[must_use]
-    pub fn all(&self) -> PageSet {
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn all(&self) -> Result<PageSet, KvmError> {
         let mut state = self.ram().told().state();
-        state.harvest(&self.vm);
-        state.take_written(self.ram());
-        let Some(unflushed) = &state.unflushed else { return PageSet::new(self.ram().pages()) };
+        state.look(&self.vm)?;
+        let Some(unflushed) = &state.unflushed else { return Ok(PageSet::new(self.ram().pages())) };
         let mut all = unflushed.hot.pages.clone();
         all.union(&unflushed.cold.pages);
         all.union(&unflushed.in_flight.pages);
-        all
+        Ok(all)
     }
 
     /// Waits until a vCPU waits, somebody calls [`UnflushedPages::wake`], or `most` has passed.
@@ -427,6 +477,7 @@ fn standing(state: &State) -> Standing {
         cold: unflushed.cold.count,
         waiting: unflushed.waiting,
         waited: unflushed.waited,
+        overrun: unflushed.slices.overrun(),
     })
 }
 

@@ -16,8 +16,8 @@ use libc::{
     SYS_rename, SYS_renameat, SYS_renameat2, SYS_restart_syscall, SYS_rmdir, SYS_rseq, SYS_rt_sigaction,
     SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_setaffinity, SYS_sched_yield, SYS_seccomp,
     SYS_sendto, SYS_set_robust_list, SYS_setpriority, SYS_setsid, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack,
-    SYS_socket, SYS_stat, SYS_statfs, SYS_statx, SYS_sync_file_range, SYS_tgkill, SYS_unlink, SYS_unlinkat,
-    SYS_userfaultfd, SYS_write, SYS_writev,
+    SYS_socket, SYS_stat, SYS_statfs, SYS_statx, SYS_sync_file_range, SYS_tgkill, SYS_timer_create, SYS_timer_delete,
+    SYS_timer_settime, SYS_unlink, SYS_unlinkat, SYS_userfaultfd, SYS_write, SYS_writev,
 };
 use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
@@ -230,6 +230,10 @@ const WRITTEN_PAGES: Calls = &[
     (SYS_userfaultfd, Always),
 ];
 
+/// The end of a vCPU's slice of time.
+const SLICES: Calls =
+    &[(SYS_timer_create, Is(0, libc::CLOCK_MONOTONIC as u64)), (SYS_timer_delete, Always), (SYS_timer_settime, Always)];
+
 /// Putting a machine together, the control socket, the terminal, darkness.
 const SUPERVISOR: Calls = &[
     (SYS_bind, Always),
@@ -273,7 +277,7 @@ const UFFDIO_API: u64 = 0xc018_aa3f;
 impl Role {
     fn calls(self) -> &'static [Calls] {
         match self {
-            Self::Vcpu => &[RUNTIME, NO_FILES, STREAMS, OPEN_FILES, FAULTS, DEVICE],
+            Self::Vcpu => &[RUNTIME, NO_FILES, STREAMS, OPEN_FILES, FAULTS, DEVICE, SLICES],
             Self::Device => &[RUNTIME, NO_FILES, STREAMS, OPEN_FILES, FAULTS, DEVICE, SOCKETS],
             // Which pages changed is in a file of the process's own.
             Self::Flush => &[RUNTIME, OPEN_FILES, FILES, WRITTEN_PAGES, FAULTS],
@@ -295,6 +299,7 @@ impl Role {
                 FAULTS,
                 PLACES,
                 THREADS,
+                SLICES,
                 SUPERVISOR,
             ],
         }

@@ -3,7 +3,7 @@
 //! * [`host`]: `/dev/kvm` itself: is it there, may we, what can it do.
 //! * [`vm`]: one virtual machine: memory slots, interrupt lines, interrupt controller, clock.
 //! * [`vcpu`]: one virtual CPU and the thread that runs it.
-//! * [`ring`]: which pages a vCPU writes, and a bound on them.
+//! * [`ring`], [`log`]: which pages a guest writes, by two ways; [`teller`]: by one of them. [`slice`]: a bound on what is written, by time.
 //! * [`cpuid`], [`registers`]: what a CPU looks like at its first instruction.
 //! * [`state`]: the frozen form of all of it, plain data.
 //! * [`failure`]: why a CPU could not go on, in words.
@@ -14,10 +14,13 @@
 pub mod cpuid;
 pub mod failure;
 pub mod host;
+pub mod log;
 pub mod registers;
 pub mod requests;
 pub mod ring;
+mod slice;
 pub mod state;
+pub mod teller;
 pub mod vcpu;
 pub mod vm;
 

@@ -3,9 +3,10 @@
 use std::mem::size_of;
 
 use kvm_bindings::{
-    KVMIO, kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_dirty_log, kvm_enable_cap, kvm_fpu, kvm_ioeventfd,
-    kvm_irq_level, kvm_irqchip, kvm_irqfd, kvm_lapic_state, kvm_mp_state, kvm_msr_list, kvm_msrs, kvm_pit_config,
-    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVMIO, kvm_clear_dirty_log, kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_dirty_log, kvm_enable_cap, kvm_fpu,
+    kvm_ioeventfd, kvm_irq_level, kvm_irqchip, kvm_irqfd, kvm_lapic_state, kvm_mp_state, kvm_msr_list, kvm_msrs,
+    kvm_pit_config, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -31,10 +32,17 @@ pub const RUN: u64 = io(0x80);
 /// Arming entries of dirty rings again.
 pub const RESET_DIRTY_RINGS: u64 = io(0xc7);
 
+/// Reading which pages a guest wrote.
+pub const GET_DIRTY_LOG: u64 = writes::<kvm_dirty_log>(0x42);
+
+/// Watching some of them again.
+pub const CLEAR_DIRTY_LOG: u64 = exchanges::<kvm_clear_dirty_log>(0xc0);
+
 /// What a vCPU's own thread asks for: it runs, and its state is read.
 pub const OF_A_VCPU: &[u64] = &[
     RUN,
     RESET_DIRTY_RINGS,
+    GET_DIRTY_LOG,
     io(0x03),                       // KVM_CHECK_EXTENSION
     writes::<kvm_irq_level>(0x61),  // KVM_IRQ_LINE
     reads::<kvm_regs>(0x81),        // KVM_GET_REGS
@@ -55,7 +63,8 @@ pub const OF_A_VCPU: &[u64] = &[
 /// What tells which pages a guest wrote.
 pub const OF_DIRTY_PAGES: &[u64] = &[
     RESET_DIRTY_RINGS,
-    writes::<kvm_dirty_log>(0x42),               // KVM_GET_DIRTY_LOG
+    GET_DIRTY_LOG,
+    CLEAR_DIRTY_LOG,
     writes::<kvm_userspace_memory_region>(0x46), // KVM_SET_USER_MEMORY_REGION
 ];
 

@@ -30,21 +30,18 @@ const ENTRIES_LEAST: u32 = (PAGE_SIZE as usize / size_of::<kvm_dirty_gfn>()) as 
 /// `KVM_DIRTY_RING_MAX_ENTRIES`.
 const ENTRIES_MOST: u32 = 1 << 16;
 
-/// Trusts rings that are not [`are_sound`], where it is `trust`: for experiments with guests that do not mind.
-const CHOICE: &str = "PERDURE_DIRTY_RINGS";
-
 /// Whether the rings of this machine's KVM tell every page.
 ///
 /// KVM keeps 64 entries in reserve, and looks whether a ring is full before it enters the guest. A KVM that works without VMX and SVM (KVM-PVM)
 /// emulates what a guest does at CPL0 in batches, of which each write is an entry, and looks between batches only: under load the reserve was seen to be
 /// overrun, and pages that the guest wrote were not told (the unit test `a_ticking_guest_is_bounded_and_both_hear_of_every_page` shows it).
 #[must_use]
-pub fn are_sound() -> bool {
+pub(in super::super) fn are_sound() -> bool {
     const VMX: u32 = 1 << 5;
     const SVM: u32 = 1 << 2;
     let has_vmx = __cpuid(1).ecx & VMX != 0;
     let has_svm = __cpuid(0x8000_0000).eax > 0x8000_0000 && __cpuid(0x8000_0001).ecx & SVM != 0;
-    has_vmx || has_svm || std::env::var(CHOICE).is_ok_and(|choice| choice == "trust")
+    has_vmx || has_svm
 }
 
 /// The rings of a VM.

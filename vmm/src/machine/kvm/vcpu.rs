@@ -20,7 +20,9 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::failure::{Position, VcpuFailure};
+use super::slice::{self, Slices};
 use super::state::VcpuStateV1;
+use super::teller::Teller;
 use super::{KvmError, Vm, registers};
 use crate::machine::dirty::told::Told;
 use crate::machine::jail::{self, Role};
@@ -145,14 +147,16 @@ impl Shared {
     }
 }
 
-extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // Only its arrival counts: it makes KVM_RUN return EINTR.
+extern "C" fn on_signal(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // Of a kick only the arrival counts: it makes KVM_RUN return EINTR.
+    // SAFETY: the kernel's, as it gives it to a handler.
+    unsafe { slice::on_signal(info) };
 }
 
-fn install_kick_handler() {
+pub(super) fn install_signal_handler() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        if let Err(error) = register_signal_handler(SIGRTMIN(), on_kick) {
+        if let Err(error) = register_signal_handler(SIGRTMIN(), on_signal) {
             tracing::error!("cannot install the handler that stops vCPUs: {error}");
         }
     });
@@ -171,7 +175,7 @@ impl Vcpu {
         accesses: Arc<dyn Accesses>,
         events: VcpuEvents,
     ) -> Result<Self, KvmError> {
-        install_kick_handler();
+        install_signal_handler();
         let shared = Arc::new(Shared {
             running: Mutex::new(false),
             idle: Condvar::new(),
@@ -202,8 +206,8 @@ impl Vcpu {
     pub fn request_pause(&self) {
         self.shared.ask_to_stop();
         self.kick();
-        // It may wait for room in its dirty ring.
-        if self.vm.rings().is_some() {
+        // It may wait for room.
+        if self.vm.teller().is_some() {
             self.vm.ram().told().wake();
         }
     }
@@ -294,9 +298,10 @@ struct Runner {
 
 impl Runner {
     fn serve(mut self, inbox: &mpsc::Receiver<Command>) {
+        let slices = self.slices().map_err(|error| format!("a timer cannot be had (timer_create): {error}"));
         while let Ok(command) = inbox.recv() {
             match command {
-                Command::Run => self.run(),
+                Command::Run => self.run(&slices),
                 // Nobody waits any more if the reply cannot be sent.
                 Command::Save(reply) => drop(reply.send(registers::save(&self.vm, &self.fd, &self.msr_indices))),
                 Command::NotifyPaused => {
@@ -307,9 +312,13 @@ impl Runner {
         }
     }
 
-    fn run(&mut self) {
+    fn run(&mut self, slices: &Result<Option<Slices>, String>) {
         loop {
-            if let Err(failure) = self.run_until_paused() {
+            let ran = match slices {
+                Ok(slices) => self.run_until_paused(slices.as_ref()),
+                Err(why) => Err(self.explain(Cannot::Run(why.clone()))),
+            };
+            if let Err(failure) = ran {
                 self.accesses.stop();
                 (self.events)(VcpuEvent::Failed(failure));
             }
@@ -322,8 +331,11 @@ impl Runner {
         }
     }
 
-    fn run_until_paused(&mut self) -> Result<(), VcpuFailure> {
+    fn run_until_paused(&mut self, slices: Option<&Slices>) -> Result<(), VcpuFailure> {
         loop {
+            if let Some(slices) = slices {
+                self.keep_to(slices).map_err(|why| self.explain(Cannot::Run(why)))?;
+            }
             match self.fd.run() {
                 Ok(exit) => match handle(exit, &*self.accesses) {
                     Handled::Done => {}
@@ -345,10 +357,35 @@ impl Runner {
         }
     }
 
+    fn is_to_stop(&self) -> bool {
+        self.shared.pause.load(Ordering::SeqCst) || self.accesses.is_stopping()
+    }
+
     /// It wrote as many pages as it may before somebody looks at them.
     fn wait_for_room(&self) -> Result<(), String> {
-        let is_to_stop = || self.shared.pause.load(Ordering::SeqCst) || self.accesses.is_stopping();
-        Told::on_ring_full(&self.vm, &is_to_stop).map_err(|error| error.to_string())
+        Told::on_ring_full(&self.vm, &|| self.is_to_stop()).map_err(|error| error.to_string())
+    }
+
+    /// Where time bounds what it writes: if its slice is over, waits until there is room for the next, and begins it. One that is to stop begins
+    /// none, and finds the mark of who stops it when it enters KVM.
+    fn keep_to(&self, slices: &Slices) -> Result<(), String> {
+        if !slices.is_over() {
+            return Ok(());
+        }
+        match Told::next_slice(&self.vm, self.index, &|| self.is_to_stop()) {
+            Ok(Some(length)) => slices.begin(length).map_err(|error| format!("its timer cannot be set: {error}")),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// The slices that it is to keep to, if it is. On its own thread.
+    fn slices(&self) -> std::io::Result<Option<Slices>> {
+        if !self.vm.teller().is_some_and(Teller::is_log) {
+            return Ok(None);
+        }
+        // SAFETY: the mark lies in the mapping that `fd` keeps, and they go before it: see `serve`.
+        unsafe { Slices::of_this_thread(self.shared.immediate_exit.0) }.map(Some)
     }
 
     /// Lets KVM finish the access that made the machine stop, without running the guest any further.

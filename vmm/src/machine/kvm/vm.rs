@@ -13,11 +13,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::super::boot::layout;
 use super::super::config::ClockPolicy;
-use super::super::dirty::PageSet;
+use super::super::dirty::{Bound, PageSet};
 use super::super::memory::{GuestRam, PAGE_SIZE, RamRange};
 use super::super::time::nanoseconds;
-use super::ring::DirtyRings;
 use super::state::{Blob, ClockStateV1, VmStateV1};
+use super::teller::Teller;
 use super::{Doing, Host, KvmError};
 
 const IRQCHIPS: [(u32, &str); 3] =
@@ -36,8 +36,8 @@ struct Inner {
     ram: Arc<GuestRam>,
     /// Whether KVM logs which pages the guest writes.
     logs: Mutex<bool>,
-    /// By which it tells them, in place of its log.
-    rings: Option<DirtyRings>,
+    /// What tells them, and is asked in place of its log, where what is dirty is bounded.
+    teller: Option<Teller>,
 }
 
 impl Inner {
@@ -58,16 +58,16 @@ impl Inner {
 }
 
 impl Vm {
-    /// Creates a VM over `ram`, with the in-kernel interrupt controller and PIT. With `ring_entries` each vCPU tells the pages that it writes by
-    /// a ring of so many, from the first on.
+    /// Creates a VM over `ram`, with the in-kernel interrupt controller and PIT. With `bound` it tells
+    /// the pages that it writes from the first on.
     ///
     /// # Errors
     /// [`KvmError::Ioctl`], [`KvmError::Capability`].
-    pub fn create(host: &Host, ram: &Arc<GuestRam>, ring_entries: Option<u32>) -> Result<Self, KvmError> {
+    pub fn create(host: &Host, ram: &Arc<GuestRam>, bound: Option<Bound>) -> Result<Self, KvmError> {
         let fd = host.kvm.create_vm().doing("creating a VM (KVM_CREATE_VM)")?;
-        let rings = ring_entries.map(|entries| DirtyRings::enable(&fd, entries)).transpose()?;
-        let flags = if rings.is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-        let inner = Inner { fd, ram: Arc::clone(ram), logs: Mutex::new(rings.is_some()), rings };
+        let teller = bound.map(|bound| Teller::enable(&fd, ram, bound)).transpose()?;
+        let flags = if teller.is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let inner = Inner { fd, ram: Arc::clone(ram), logs: Mutex::new(teller.is_some()), teller };
         for (slot, range) in (0..).zip(ram.ranges()) {
             inner.set_slot(slot, range, flags)?;
         }
@@ -108,16 +108,23 @@ impl Vm {
         Ok(())
     }
 
-    /// By which it tells what the guest writes, in place of the log of [`Vm::take_dirty_pages`].
-    pub(in super::super) fn rings(&self) -> Option<&DirtyRings> {
-        self.inner.rings.as_ref()
+    /// What tells what the guest writes, in place of the log of [`Vm::take_dirty_pages`].
+    pub(in super::super) fn teller(&self) -> Option<&Teller> {
+        self.inner.teller.as_ref()
     }
 
-    /// What was taken from the rings is told anew from now on.
-    pub(in super::super) fn rearm_rings(&self) -> Result<(), KvmError> {
-        let Some(rings) = &self.inner.rings else { return Ok(()) };
-        let doing = "arming the dirty rings again (KVM_RESET_DIRTY_RINGS)";
-        rings.rearm(&self.inner.fd).map_err(|source| KvmError::Ioctl { doing, source })
+    /// Has its teller tell what the guest wrote, each page once until [`Vm::rearm`].
+    pub(in super::super) fn harvest(&self, tell: &mut dyn FnMut(u64)) -> Result<(), KvmError> {
+        let Some(teller) = &self.inner.teller else { return Ok(()) };
+        let doing = "reading which pages the guest wrote (KVM_GET_DIRTY_LOG)";
+        teller.harvest(&self.inner.fd, &self.inner.ram, tell).map_err(|source| KvmError::Ioctl { doing, source })
+    }
+
+    /// What its teller told is told anew from now on.
+    pub(in super::super) fn rearm(&self) -> Result<(), KvmError> {
+        let Some(teller) = &self.inner.teller else { return Ok(()) };
+        let doing = "watching pages again (KVM_RESET_DIRTY_RINGS, KVM_CLEAR_DIRTY_LOG)";
+        teller.rearm(&self.inner.fd).map_err(|source| KvmError::Ioctl { doing, source })
     }
 
     /// The memory that it has.
@@ -127,8 +134,8 @@ impl Vm {
 
     pub(in super::super) fn create_vcpu(&self, index: u32) -> Result<VcpuFd, KvmError> {
         let vcpu = self.inner.fd.create_vcpu(index.into()).doing("creating a vCPU (KVM_CREATE_VCPU)")?;
-        if let Some(rings) = &self.inner.rings {
-            rings.add(&vcpu)?;
+        if let Some(teller) = &self.inner.teller {
+            teller.add(&vcpu)?;
         }
         Ok(vcpu)
     }

@@ -11,7 +11,7 @@ use crate::machine::memory::PAGE_SIZE;
 const BATCH: u64 = 32;
 /// Pages that are flushed before those that wait hear of it: a quarter of what may be dirty, within these.
 const QUOTA: std::ops::Range<u64> = 256..4096;
-/// The guest's pages may go unseen for so long: they are bounded by their rings. What devices write is not.
+/// The guest's pages may go unseen for so long: they are bounded. What devices write is not.
 const RARELY: Duration = Duration::from_millis(50);
 /// The most that devices are taken to write, in bytes a second.
 const DEVICES_PER_SECOND: u64 = 1 << 30;

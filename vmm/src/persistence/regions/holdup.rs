@@ -12,7 +12,6 @@ use super::super::paging::Persisted;
 use super::{RegionsError, VmRegions};
 use crate::machine::Machine;
 use crate::machine::dirty::PageSet;
-use crate::machine::kvm::ring;
 use crate::machine::memory::{GuestRam, PAGE_SIZE};
 
 impl VmRegions {
@@ -21,9 +20,6 @@ impl VmRegions {
     /// # Errors
     /// [`RegionsError::Pool`], [`RegionsError::HoldUp`].
     pub fn prepare_holdup(&mut self, pool: &Pool) -> Result<(), RegionsError> {
-        if self.context.config.holdup_us.is_some() && !ring::are_sound() {
-            return Err(HoldUpError::Rings(self.name.clone()).into());
-        }
         if self.journal.is_none()
             && let Some((name, spec)) = holdup::wanted(&self.name, &self.context.config)?
         {
