@@ -166,29 +166,3 @@ fn powerback_of_a_vm_that_has_power_is_refused() {
     assert!(refused.stderr.contains("the power is not out"), "{}", refused.stderr);
     assert_eq!(vm.state(), "running");
 }
-
-/// KVM without VMX and SVM: what [`crate::budget`] shows is then shown by the lab alone, see `tests/run`.
-#[test]
-fn a_vm_is_kept_within_a_hold_up_where_kvm_tells_all_pages_and_is_refused_elsewhere() {
-    let cpus = std::fs::read_to_string("/proc/cpuinfo").expect("the processors");
-    let sound = cpus.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag));
-    let vm = Vm::new("web");
-    if sound {
-        vm.start(&[&COUNTER[..], &["--holdup", "2s"]].concat());
-        return vm.wait_for_more();
-    }
-    let refused = vm.perdure.run(&["run", "web", "--guest", "counter", "--holdup", "2s"]).expect_code(1);
-    assert!(refused.stderr.contains("VMX") && refused.stderr.contains("--holdup none"), "{}", refused.stderr);
-    assert_eq!(vm.state(), "absent", "a VM that never ran is left behind");
-    // One that comes from a machine where it had a hold-up.
-    vm.start(&COUNTER);
-    vm.wait_for_more();
-    vm.freeze();
-    let before = PoolBytes::of(vm.perdure.pool());
-    let refused = vm.perdure.run(&["resume", "web", "--holdup", "2s"]).expect_code(1);
-    assert!(refused.stderr.contains("VMX"), "{}", refused.stderr);
-    assert_eq!(PoolBytes::of(vm.perdure.pool()), before, "a refusal alters nothing");
-    vm.perdure.run(&["resume", "web", "--detach", "--holdup", "none"]).expect_code(0);
-    vm.wait_for_more();
-    vm.verify();
-}

@@ -1,4 +1,4 @@
-//! VMs within a hold-up, on KVM proper: what a freeze left in the journal is brought home after a cut, on each medium.
+//! VMs within a hold-up, on KVM proper, bounded by its rings and by slices of time: what a freeze left in the journal is brought home after a cut, on each medium.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,6 +14,8 @@ const SOON: Duration = Duration::from_secs(180);
 const HOLD_UP: &str = "10s";
 /// Each medium, and the directory of its pool.
 const VMS: [(&str, &str); 3] = [("file", "/pool"), ("nvdimm", "/pool"), ("dax", "/dax")];
+/// What bounds what is dirty, of each.
+const BOUNDS: [&str; 3] = ["rings", "slices", "rings"];
 const LIVES: usize = 3;
 
 fn perdure(home: &str) -> String {
@@ -30,6 +32,13 @@ fn wait_for_more(l1: &mut L1, medium: &str) {
     l1.wait_until(&format!("wc -l <{}", serial(medium)), SOON, |seen| {
         seen.text().trim().parse().is_ok_and(|lines: u64| lines > 150)
     });
+}
+
+fn is_bounded_by(l1: &mut L1, medium: &str, home: &str, bound: &str) {
+    let shown = l1.check(&format!("{} inspect {medium} --json", perdure(home)), SOON);
+    let shown: Value = serde_json::from_str(&shown).unwrap_or_else(|error| panic!("{error}: {shown}"));
+    let told = shown["status"]["holdup"]["bound"].to_string();
+    assert!(told.contains(bound), "{medium}: {told}, and not {bound}: {}", shown["status"]);
 }
 
 /// A freeze within the hold-up, with what it left in the journal.
@@ -60,8 +69,9 @@ fn chains_within_a_hold_up_go_on_from_their_journals_after_cuts_on_each_medium()
         let mut printed = VMS.map(|_| String::new());
         let mut l1 = L1::boot(&options);
         for life in 0..LIVES {
-            for (medium, home) in VMS {
-                let (perdure, serial) = (perdure(home), serial(medium));
+            for ((medium, home), bound) in VMS.into_iter().zip(BOUNDS) {
+                let (perdure, serial) =
+                    (format!("export PERDURE_DIRTY_BOUND={bound}; {}", perdure(home)), serial(medium));
                 if life == 0 {
                     let guest = "--guest counter --cmdline 'hz=200 ram=512K' --memory 16M";
                     l1.check(&format!("{perdure} run {medium} --medium {medium} {guest} --serial {serial} --holdup {HOLD_UP} --detach"), SOON);
@@ -77,7 +87,8 @@ fn chains_within_a_hold_up_go_on_from_their_journals_after_cuts_on_each_medium()
                 }
                 l1.check(&format!("{perdure} resume {medium} --detach"), SOON);
             }
-            for (medium, home) in VMS {
+            for ((medium, home), bound) in VMS.into_iter().zip(BOUNDS) {
+                is_bounded_by(&mut l1, medium, home, bound);
                 wait_for_more(&mut l1, medium);
                 freeze(&mut l1, medium, home);
             }
