@@ -43,7 +43,7 @@ impl Pace {
         let write_ns = small.get(small.len() / 2).copied().unwrap_or(0);
         let write_worst_ns = small.last().copied().unwrap_or(0);
         let worst = large.iter().copied().map(nanoseconds).max().unwrap_or(u64::MAX);
-        let bytes_per_second = per_second(bytes, worst.saturating_sub(write_ns));
+        let bytes_per_second = streamed(bytes, worst, write_ns);
         Self { write_ns, write_worst_ns, bytes_per_second, writes, rests: Vec::new() }
     }
 
@@ -77,7 +77,7 @@ impl Pace {
             self.write_worst_ns = if took > self.write_worst_ns { took } else { toward(self.write_worst_ns, took) };
             return;
         }
-        let seen = per_second(bytes, took.saturating_sub(self.write_ns));
+        let seen = streamed(bytes, took, self.write_ns);
         self.bytes_per_second = if seen < self.bytes_per_second { seen } else { toward(self.bytes_per_second, seen) };
     }
 
@@ -90,7 +90,10 @@ impl Pace {
     }
 }
 
-fn per_second(bytes: u64, ns: u64) -> u64 {
+/// Bytes a second of a stream that took `took_ns` with the durable write at its end, which alone takes some `write_ns`. What it is said to take beside the
+/// stream is at most half: a write that was quick for once says little of the stream.
+fn streamed(bytes: u64, took_ns: u64, write_ns: u64) -> u64 {
+    let ns = took_ns.saturating_sub(write_ns).max(took_ns / 2);
     let pace = u128::from(bytes) * 1_000_000_000 / u128::from(ns.max(1));
     u64::try_from(pace).unwrap_or(u64::MAX)
 }
@@ -135,6 +138,15 @@ mod tests {
         assert_eq!(pace.fixed(), 5 * MS);
         pace.learn_journal(4096, 9 * MS);
         assert_eq!(pace.fixed(), 11 * MS);
+    }
+
+    #[test]
+    fn a_journal_that_was_quicker_than_a_small_write_says_nothing_absurd() {
+        let mut pace = pace();
+        (0..100).for_each(|_| pace.learn_journal(1 << 20, MS));
+        assert!(pace.bytes_per_second() <= 2 * (1000 << 20), "{pace:?}");
+        let slow = Pace::of(&[10 * MS], &[MS], 1 << 20, 1);
+        assert_eq!(slow.bytes_per_second(), 2 * (1000 << 20));
     }
 
     proptest! {
