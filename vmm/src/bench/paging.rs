@@ -354,13 +354,19 @@ impl<'a> Walk<'a> {
         })
     }
 
-    /// The samples between which time counts.
+    /// The samples between which time counts. They are further apart than was asked for where nothing at all was done by then, as on a machine that
+    /// is busy with other things.
     fn counted(&self, worker: &mut Worker) -> Result<(Sample, Sample), PagingError> {
         let first = self.warm_up(worker)?;
         loop {
             let sample = worker.sample()?;
-            if sample.at_ns >= first.at_ns + self.plan.length_ms.max(1) * 1_000_000 {
+            let took = Duration::from_nanos(sample.at_ns - first.at_ns);
+            let done = sample.accesses > first.accesses;
+            if done && took >= Duration::from_millis(self.plan.length_ms.max(1)) {
                 return Ok((first, sample));
+            }
+            if !done && took > WARM_UP_MOST {
+                return Err(BenchError::Guest(format!("no access within {WARM_UP_MOST:?}")).into());
             }
         }
     }
