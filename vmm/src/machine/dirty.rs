@@ -117,7 +117,11 @@ impl PageSet {
 
     /// Runs of neighbours, ascending.
     pub fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        let mut at = 0;
+        self.runs_from(0)
+    }
+
+    /// Runs of neighbours from `at` on, ascending.
+    fn runs_from(&self, mut at: u64) -> impl Iterator<Item = Range<u64>> + '_ {
         std::iter::from_fn(move || {
             let start = self.seek(at, true)?;
             let end = self.seek(start, false).unwrap_or(self.pages);
@@ -387,6 +391,8 @@ mod tests {
             prop_assert_eq!(set.is_empty(), put.is_empty());
             let told: Vec<u64> = set.runs().flatten().collect();
             prop_assert_eq!(told, put.iter().copied().collect::<Vec<_>>());
+            let later: Vec<u64> = set.runs_from(pages / 2).flatten().collect();
+            prop_assert_eq!(later, put.iter().copied().filter(|page| *page >= pages / 2).collect::<Vec<_>>());
             let runs: Vec<_> = set.runs().collect();
             prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start), "runs are as long as they can be");
             prop_assert!((0..500).all(|page| set.contains(page) == put.contains(&page)));

@@ -96,6 +96,8 @@ struct Unflushed {
     hot: Counted,
     cold: Counted,
     in_flight: Counted,
+    /// Where to look next for pages to flush.
+    hand: u64,
     /// In pages.
     limit: u64,
     /// What can be written before somebody looks.
@@ -133,11 +135,15 @@ impl Unflushed {
         self.hot.clear();
     }
 
-    /// Takes up to `most` pages that are cold.
+    /// Takes up to `most` pages that are cold, from where the last call left off: a hand that goes round, as CLOCK's. So a page that is written to
+    /// all the time has become hot again, at the price of a fault, before the hand comes by, and is not flushed for nothing.
     fn take(&mut self, most: u64) -> Vec<std::ops::Range<u64>> {
         let mut left = most;
         let mut taken = Vec::new();
-        for run in self.cold.pages.runs() {
+        if self.cold.pages.runs_from(self.hand).next().is_none() {
+            self.hand = 0;
+        }
+        for run in self.cold.pages.runs_from(self.hand) {
             if left == 0 {
                 break;
             }
@@ -145,6 +151,7 @@ impl Unflushed {
             left -= end - run.start;
             taken.push(run.start..end);
         }
+        self.hand = taken.last().map_or(0, |run| run.end);
         for run in &taken {
             self.cold.pages.remove_run(run);
             self.cold.count -= run.end - run.start;
@@ -360,6 +367,7 @@ impl UnflushedPages {
             hot: Counted::new(pages),
             cold,
             in_flight: Counted::new(pages),
+            hand: 0,
             limit: limit.max(self.least_limit()),
             grant: self.grant(),
             slices: Slices::default(),
@@ -423,7 +431,7 @@ impl UnflushedPages {
         standing(&self.ram().told().state())
     }
 
-    /// Up to `most` pages to flush, as runs, ascending.
+    /// Up to `most` pages to flush, as runs, ascending; none if none is cold.
     #[must_use]
     pub fn take(&self, most: u64) -> Vec<std::ops::Range<u64>> {
         self.ram().told().state().unflushed.as_mut().map(|unflushed| unflushed.take(most)).unwrap_or_default()

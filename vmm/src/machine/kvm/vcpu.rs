@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_IO_IN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use super::failure::{Position, VcpuFailure};
 use super::slice::{self, Slices};
@@ -156,7 +156,16 @@ extern "C" fn on_signal(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
 pub(super) fn install_signal_handler() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        if let Err(error) = register_signal_handler(SIGRTMIN(), on_signal) {
+        // SAFETY: plain data, for which zeros are valid; the handler touches nothing but atomics (`slice::on_signal`). KVM_RUN returns at a signal in any
+        // case; what else its thread asks of the system goes on.
+        let installed = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_signal as *const () as libc::sighandler_t;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART;
+            libc::sigaction(SIGRTMIN(), &raw const action, std::ptr::null_mut())
+        };
+        if installed != 0 {
+            let error = std::io::Error::last_os_error();
             tracing::error!("cannot install the handler that stops vCPUs: {error}");
         }
     });
