@@ -167,6 +167,29 @@ fn a_vm_killed_without_warning_goes_on_from_its_newest_generation_and_is_told_to
     assert!(web.unbroken().rewound >= 1);
 }
 
+/// `resume --snapshot-every` used to be forgotten at the first cut: from then on no generation was taken any more.
+#[test]
+fn what_a_resume_or_a_fresh_start_changed_holds_after_a_cut_too() {
+    let mut web = Web::new();
+    web.live(&RUN);
+    web.take();
+    web.live_and_die(&["resume", "web", "--snapshot-every", "1h", "--max-snapshots", "7"]);
+    let told = web.live(&["resume", "web"]);
+    assert!(told.contains("goes on from generation web@1"), "{told}");
+    assert_eq!(settings(&web), (Some(3_600_000), Some(7)));
+    web.live_and_die(&["resume", "web"]);
+    web.unbroken();
+    web.live_and_die(&[&RUN[..], &["--max-snapshots", "9"]].concat());
+    assert_eq!(settings(&web), (Some(3_600_000), Some(9)));
+}
+
+/// The interval of the VM's generations in milliseconds, and how many of them stay.
+fn settings(web: &Web) -> (Option<u64>, Option<u64>) {
+    let inspected = web.perdure.run(&["inspect", "web", "--json"]).expect_code(0).json();
+    let config = &inspected["config"];
+    (config["snapshot_every_ms"].as_u64(), config["generations"]["max_snapshots"].as_u64())
+}
+
 #[test]
 fn after_a_rollback_a_cut_does_not_bring_back_what_was_left() {
     let mut web = Web::new();

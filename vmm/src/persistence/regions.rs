@@ -52,7 +52,7 @@ pub struct VmRegions {
     pace: Option<Pace>,
     context_region: Region,
     context: ContextV1,
-    /// What it was made of before a fresh start that is yet to succeed.
+    /// What it was made of, until a start with something else has succeeded and that is written down.
     before: Option<VmConfig>,
     damage: Vec<String>,
 }
@@ -230,7 +230,7 @@ impl VmRegions {
         &self.context.config
     }
 
-    /// Changes what the VM is made of, for a fresh start. The sizes of regions do not change.
+    /// Changes what the VM is made of, from its next start on. The sizes of regions do not change.
     pub fn set_config(&mut self, config: VmConfig) {
         self.before = Some(std::mem::replace(&mut self.context.config, config));
     }
@@ -240,6 +240,21 @@ impl VmRegions {
         if let Some(before) = self.before.take() {
             self.context.config = before;
         }
+    }
+
+    /// Writes down what the VM is made of if that was changed, for a VM that is cut off before its next freeze and goes back to a generation: the
+    /// newest context has it, whose RAM is no longer there. So RAM must not be stamped by now.
+    ///
+    /// # Errors
+    /// [`RegionsError::Context`]: the newest context is the one before, or unknown.
+    pub fn record_config(&mut self) -> Result<(), RegionsError> {
+        if self.before.is_none() {
+            return Ok(());
+        }
+        let context = ContextV1 { sequence: self.next_sequence(), ..self.context.clone() };
+        self.write_context(&Encoded::new(&context)?)?;
+        self.before = None;
+        Ok(())
     }
 
     /// The newest context that verifies.

@@ -14,6 +14,8 @@
 //!   machine   clock, interrupt controller, vCPUs,        clock before vCPUs, LAPIC before its deadline timer
 //!             devices
 //!   thaw      devices deliver what was on its way        after the interrupt controller, before vCPUs run
+//!   record    a configuration that was changed, in a     after clear: the context that RAM is stamped with must stay the newest.
+//!             context with the next number               Before vCPUs run: a cut finds what they ran with (by the caller)
 //!   run       vCPUs                                      last (by the caller)
 //! ```
 //!

@@ -166,6 +166,9 @@ impl Supervisor {
             generations.build_on(restoring.generation(), restoring.changed_before(), &machine)?;
         }
         begin_holdup(&mut regions, &machine, resumes)?;
+        if let Err(error) = regions.record_config() {
+            tracing::warn!("{name}: what it is made of now is not written down until it is frozen: {}", Chain(&error));
+        }
         let ram_budget = place.begin(regions.pager()).map_err(system("start the thread of the budget of RAM"))?;
         pass(Point::ResumeRun);
         // Its threads are in jail.
