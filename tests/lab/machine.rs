@@ -76,14 +76,15 @@ pub struct L1 {
     boot_time: Duration,
 }
 
-/// What perdure's processes in L1 are at: each thread's state and where in the kernel it waits; the VMs; the kernel's log.
+/// What perdure's processes in L1 are at: each thread's state, its time in clock ticks (user, system) and where in the kernel it waits; the VMs; the kernel's log.
 const AUTOPSY: &str = r#"for task in $(ls -d /proc/[0-9]*/task/* 2>/dev/null); do
-    grep -q perdure $task/../../comm 2>/dev/null || continue
-    echo "$task $(cat $task/comm) $(grep State $task/status) $(cat $task/syscall)"
+    case $(readlink $task/exe) in */perdure) ;; *) continue ;; esac
+    echo "$task $(cat $task/comm) $(grep State $task/status) $(cut -d ' ' -f 14,15 $task/stat) $(cat $task/syscall)"
     cat $task/stack
 done 2>/dev/null
 PERDURE_POOL=/pool/pool timeout 20 perdure list
 find /pool /dax /tmp -name '*.log' -exec tail -n 20 {} + 2>/dev/null
+tail -n 5 /tmp/serial 2>/dev/null
 dmesg | tail -n 20
 free -m"#;
 

@@ -3,10 +3,12 @@
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
 use tests::lab::bench::{self, LOADS};
+use tests::lab::campaign::{Chain, Plan, Sqlite, campaign};
 use tests::lab::cpio::File;
-use tests::lab::cuts::{Plan, campaign};
 use tests::lab::disk::{Cache, Disk, make_ext4};
 use tests::lab::guest;
 use tests::lab::machine::{L1, Options};
@@ -16,8 +18,10 @@ usage: lab exec SCRIPT [FILE...]   boot L1 with perdure and FILEs in /bin and th
                                    /guest, run SCRIPT (a shell script in one argument) in it, print its output
        lab shell [FILE...]         the same, a script per line of stdin
        lab e2e TEST...             run these test binaries in L1, one after the other, on perdure there
-       lab cuts MEDIUM COUNT SEED  COUNT power cuts of L1 under a guest on MEDIUM (file, nvdimm, dax), at moments drawn
-                                   from SEED; a line for each; ends at the first violation. tests/lab/cuts runs it
+       lab cuts [chain|sqlite] MEDIUM COUNT SEED
+                                   COUNT power cuts of L1 under a guest (chain, if not given) on MEDIUM (file, nvdimm,
+                                   dax), at moments drawn from SEED; a line for each time that it is up again; ends at the first
+                                   violation, and keeps what L1's disks held then. tests/lab/cuts runs it
        lab bench devices [--rounds N] [--seconds N] [--json FILE] [LOAD...]
                                    disk and network of a stock Linux in perdure and in QEMU's microvm, in turns, in L1
        lab bench recovery [--rounds N] [--json FILE]
@@ -38,13 +42,8 @@ fn main() -> ExitCode {
         ["exec", script, files @ ..] => exec(script, files),
         ["shell", files @ ..] => shell(files),
         ["e2e", tests @ ..] if !tests.is_empty() => end_to_end(tests),
-        ["cuts", medium @ ("file" | "nvdimm" | "dax"), count, seed] => match (count.parse(), seed.parse()) {
-            (Ok(count), Ok(seed)) => cuts(medium, count, seed),
-            _ => {
-                eprint!("{USAGE}");
-                ExitCode::from(2)
-            }
-        },
+        ["cuts", guest @ ("chain" | "sqlite"), rest @ ..] => cuts(guest, rest),
+        ["cuts", rest @ ..] => cuts("chain", rest),
         ["bench", "devices", options @ ..] => bench_devices(options),
         ["bench", "recovery", options @ ..] => bench_recovery(options),
         ["guest", file] => {
@@ -107,11 +106,44 @@ fn end_to_end(tests: &[&str]) -> ExitCode {
     })
 }
 
-fn cuts(medium: &str, count: u64, seed: u64) -> ExitCode {
-    let plan = Plan { medium: medium.to_owned(), count, seed, chain: beside("chain") };
-    let tally = campaign(&plan, &mut |line| println!("{line}"));
-    println!("{medium}, seed {seed}: {tally:?}: no violation");
+fn cuts(guest: &str, words: &[&str]) -> ExitCode {
+    let [medium @ ("file" | "nvdimm" | "dax"), count, seed] = words else {
+        eprint!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    let number = |word: &str| word.parse().unwrap_or_else(|error| panic!("{word}: {error}\n{USAGE}"));
+    let (count, seed) = (number(count), number(seed));
+    let evidence = Evidence::new();
+    let directory = evidence.0.path().to_owned();
+    let plan = Plan { medium: (*medium).to_owned(), count, seed, chain: beside("chain"), directory };
+    let begun = Instant::now();
+    let told = &mut |line: &str| println!("{line}");
+    let tally = match guest {
+        "sqlite" => campaign(&plan, Sqlite::new(seed), told),
+        _ => campaign(&plan, Chain::new(), told),
+    };
+    let each = begun.elapsed().as_secs_f64() / count.max(1) as f64;
+    println!("{guest} on {medium}, seed {seed}: {tally:?}, {each:.1} s a cut: no violation");
     ExitCode::SUCCESS
+}
+
+/// A directory that stays if what is done with it fails.
+struct Evidence(TempDir);
+
+impl Evidence {
+    fn new() -> Self {
+        let directory = tempfile::Builder::new().prefix("perdure-cuts-").tempdir();
+        Self(directory.unwrap_or_else(|error| panic!("a temporary directory: {error}")))
+    }
+}
+
+impl Drop for Evidence {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.disable_cleanup(true);
+            eprintln!("lab: what L1's disks held is kept in {}", self.0.path().display());
+        }
+    }
 }
 
 fn bench_devices(options: &[&str]) -> ExitCode {

@@ -11,7 +11,8 @@
 //! - [`nbd`]: serves such a disk to QEMU
 //! - [`cpio`]: adds files to an initramfs
 //! - [`chain`]: the hash chain that a guest prints, and its verification
-//! - [`cuts`]: a campaign of power cuts
+//! - [`debian`]: Debian on a disk of the pool, SQLite in it, and the disk as seen from outside; [`kernel_log`]: what its kernel complains of
+//! - [`campaign`]: power cuts again and again, of a guest that is one or the other
 //! - [`bench`]: disk and network beside QEMU's, by hand
 //! - [`guest`]: kernels and initial file systems for the guest in perdure
 //!
@@ -25,11 +26,13 @@
 //! | stores to `/dax` | kept, flushed or not: TCG has no CPU cache to lose. So the lab shows that the data are in place, not that CLWB was not forgotten |
 
 pub mod bench;
+pub mod campaign;
 pub mod chain;
 pub mod cpio;
-pub mod cuts;
+pub mod debian;
 pub mod disk;
 pub mod guest;
+pub mod kernel_log;
 pub mod machine;
 pub mod nbd;
 

@@ -2,11 +2,9 @@
 
 mod bank;
 mod cuts;
-mod debian;
 mod devices;
 mod disks;
 mod holdup;
-mod kernel_log;
 mod machine;
 mod network;
 mod outages;

@@ -1,12 +1,13 @@
 //! SQLite in Debian, in the middle of its transactions, and the power fails: with a warning, and with none.
 
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use tests::lab::debian::{self, PERDURE, Row, SERIAL, SOON, WORK, check_disk, clocks, rows, run, serial, stop};
 use tests::lab::disk::SplitMix;
+use tests::lab::kernel_log;
 use tests::lab::machine::{L1, Options, in_emulation};
 
-use crate::debian::{PERDURE, Row, SERIAL, SOON, WORK, check_disk, clocks, counted, options, rows, run, serial, stop};
-use crate::kernel_log;
 use crate::outages::assert_frozen;
 use crate::peer::{ADDRESS, PORT, Peer};
 
@@ -22,6 +23,14 @@ const OUTAGES: &str = "PERDURE_TEST_OUTAGES";
 const SEED: &str = "PERDURE_TEST_SEED";
 /// By how much clocks may differ that are read in whole seconds, on a busy machine.
 const OFF: f64 = 4.0;
+
+fn options(directory: &Path, seed: u64, more: Vec<String>) -> Options {
+    debian::options(directory, seed, Path::new(env!("CARGO_BIN_EXE_chain")), more)
+}
+
+fn counted(said: &str) -> (u64, u64) {
+    said.lines().find_map(debian::counted).unwrap_or_else(|| panic!("the ledger did not end: {said}"))
+}
 
 fn number_from(variable: &str, otherwise: u64) -> u64 {
     let given = std::env::var(variable);
@@ -78,7 +87,7 @@ fn a_database_survives_outages(outages: u64, seed: u64) {
     let directory = tempfile::tempdir().expect("a directory");
     let mut random = SplitMix(seed);
     let peer = Peer::new(directory.path());
-    let options = options(directory.path(), random.next(), Some(&peer));
+    let options = options(directory.path(), random.next(), peer.qemu());
     let mut l1 = L1::boot(&options);
     l1.check(BRIDGE, SOON);
     run(&mut l1, &format!("wal,{ADDRESS}:{PORT}"), &format!("--net tap=vm0,mac={MAC}"));
@@ -97,7 +106,7 @@ fn a_database_survives_outages(outages: u64, seed: u64) {
     wait_for(&mut l1, &peer, |now| now > count + 20);
     let lag = lag(&peer) - before;
     assert!((away.0 - OFF..away.1 + OFF).contains(&lag), "away for {} to {} s, {lag} s behind", away.0, away.1);
-    let said = stop(&mut l1);
+    let said = stop(&mut l1, PERDURE);
     kernel_log::assert_clean(&said);
     let (system, rtc) = clocks(&said);
     assert!((system - rtc).abs() <= 2, "its clock shows {system}, its real-time clock {rtc}");
@@ -107,7 +116,7 @@ fn a_database_survives_outages(outages: u64, seed: u64) {
     assert!(returned > count as u64, "{returned} rows came back from the peer, {count} before the last outage");
     assert_eq!((told.connections, told.end), (1, Some("the guest closed it")));
     eprintln!("{rows} rows through {outages} outages, {returned} came back; {lag:.0} s behind");
-    check_disk(directory.path(), &options, l1, rows);
+    check_disk(directory.path(), &options, l1, PERDURE, rows);
 }
 
 #[test]
@@ -163,8 +172,11 @@ fn unannounced(mut l1: L1, options: &Options, reported: &mut Vec<Row>, more: &st
     (l1, number)
 }
 
-/// Adds what one life reported to what was reported before it.
+/// Adds what one life reported to what was reported before it. No row is missing.
 fn splice(reported: &mut Vec<Row>, next: Vec<Row>) {
+    for pair in next.windows(2) {
+        assert_eq!(pair[1].number, pair[0].number + 1, "a row is missing, or came twice: {pair:?}");
+    }
     let Some(first) = next.first() else { return };
     reported.retain(|row| row.number < first.number);
     assert_eq!(reported.last().map_or(0, |row| row.number), first.number - 1, "rows are missing");
@@ -175,7 +187,7 @@ fn a_database_goes_back_with_its_memory(cuts: u64, seed: u64) {
     eprintln!("{cuts} cuts, {SEED}={seed}");
     let directory = tempfile::tempdir().expect("a directory");
     let mut random = SplitMix(seed);
-    let options = options(directory.path(), random.next(), None);
+    let options = options(directory.path(), random.next(), Vec::new());
     let mut l1 = L1::boot(&options);
     run(&mut l1, "delete,console", "");
     l1.wait_until(&format!("cat {SERIAL}"), WORK, |said| !rows(&said.text()).is_empty());
@@ -193,12 +205,12 @@ fn a_database_goes_back_with_its_memory(cuts: u64, seed: u64) {
     let enough = reported.last().map_or(0, |row| row.number) + 10;
     let worked = |said: &str| rows(said).last().is_some_and(|row| row.number >= enough);
     l1.wait_until(&format!("cat {SERIAL}"), WORK, |said| worked(&said.text()));
-    let said = stop(&mut l1);
+    let said = stop(&mut l1, PERDURE);
     kernel_log::assert_clean(&said);
     splice(&mut reported, rows(&said));
     let (count, _) = counted(&said);
     assert_eq!(reported.last().map(|row| row.number), Some(count));
-    check_disk(directory.path(), &options, l1, count);
+    check_disk(directory.path(), &options, l1, PERDURE, count);
 }
 
 #[test]

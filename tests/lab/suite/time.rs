@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use tests::lab::disk::{Cache, Disk};
 use tests::lab::guest;
+use tests::lab::kernel_log;
 use tests::lab::machine::{L1, Options, in_emulation};
-
-use crate::kernel_log;
 
 const SOON: Duration = Duration::from_secs(180);
 const GUEST_BOOT: Duration = Duration::from_secs(600);
