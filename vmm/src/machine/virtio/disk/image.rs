@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use devices::virtio::block::Operation;
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, OFlags, fcntl_getfl, fcntl_setfl};
 use vfs::cut::trace::Trace;
 
 use super::moment::Changes;
@@ -173,6 +173,14 @@ impl Image {
         self.is_believed()?;
         self.sync(&self.file)?;
         self.is_believed()
+    }
+
+    /// Makes the file one whose I/O waits for the device.
+    ///
+    /// Of a file that was opened not to wait (files of the pool are, lest one be a FIFO) `io_uring` gives up each read and write with EAGAIN, for ever,
+    /// where the device below cannot do without waiting, as persistent memory (Linux 6.1, `io_rw_init_file`).
+    pub(super) fn wait_for_io(&self) -> io::Result<()> {
+        Ok(fcntl_setfl(&self.file, fcntl_getfl(&self.file)? - OFlags::NONBLOCK)?)
     }
 
     pub(super) fn descriptor(&self) -> RawFd {

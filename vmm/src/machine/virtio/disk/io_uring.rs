@@ -46,6 +46,7 @@ impl Uring {
     /// # Errors
     /// As the system says: ENOSYS or EPERM where there is none for us.
     pub(super) fn new(image: Arc<Image>) -> io::Result<(Self, OwnedFd)> {
+        image.wait_for_io()?;
         let ring = IoUring::builder().setup_cqsize(COMPLETIONS).setup_r_disabled().build(ENTRIES)?;
         // Kernels before 5.5 need the pieces of a transfer until it is complete, and lose completions that do not fit. None of the
         // releases that are still looked after is that old.

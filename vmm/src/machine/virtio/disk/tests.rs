@@ -102,6 +102,17 @@ impl Lab {
 }
 
 /// As a device's thread listens: for edges, and it sleeps between them.
+/// A disk on persistent memory was never read: `io_uring` gave up each time.
+#[test]
+fn io_uring_waits_for_the_device_however_the_file_was_opened() {
+    let (image, file, _dir) = Lab::image(Blocks::GiveBack);
+    let nonblocking = || rustix::fs::fcntl_getfl(&file).unwrap().contains(rustix::fs::OFlags::NONBLOCK);
+    rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::NONBLOCK).unwrap();
+    assert!(nonblocking());
+    let _worker = open(Worker::IoUring, &image).unwrap();
+    assert!(!nonblocking());
+}
+
 #[test]
 fn what_completes_after_it_was_looked_for_is_an_edge_of_the_source() {
     use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
