@@ -181,7 +181,7 @@ fn a_cut_at_each_step_of_the_journal_leaves_the_state_before_or_after() {
         "resume.run",
     ];
     for medium in MEDIA {
-        let outage = |point: &&str| json!({"at": "60ms", "holdup": "400ms", "cut": point});
+        let outage = |point: &&str| json!({"at": "60ms", "holdup": "5s", "cut": point});
         let report = scenario(
             &Perdure::new(),
             &json!({

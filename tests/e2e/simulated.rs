@@ -290,7 +290,7 @@ const POINTS: [&str; 24] = [
 /// Cuts at all of `points`, with one slot of the context good (`fresh`) or two, of which one may be damaged before the return. Which of
 /// them were cut at.
 fn cut_at(medium: &str, points: &[String], fresh: bool, damage: Option<&str>, limit: Duration) -> Vec<String> {
-    let outage = |point: &String| json!({"at": "60ms", "holdup": "300ms", "back": "20ms", "cut": point, "fresh": fresh, "damage": damage});
+    let outage = |point: &String| json!({"at": "60ms", "holdup": "5s", "back": "20ms", "cut": point, "fresh": fresh, "damage": damage});
     let report = scenario(
         &Perdure::new(),
         &json!({

@@ -101,7 +101,6 @@ impl Lab {
     }
 }
 
-/// As a device's thread listens: for edges, and it sleeps between them.
 /// A disk on persistent memory was never read: `io_uring` gave up each time.
 #[test]
 fn io_uring_waits_for_the_device_however_the_file_was_opened() {
@@ -113,6 +112,7 @@ fn io_uring_waits_for_the_device_however_the_file_was_opened() {
     assert!(!nonblocking());
 }
 
+/// As a device's thread listens: for edges, and it sleeps between them.
 #[test]
 fn what_completes_after_it_was_looked_for_is_an_edge_of_the_source() {
     use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
