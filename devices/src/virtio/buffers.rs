@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::bitmap::MS;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
@@ -33,7 +34,7 @@ pub(super) fn writable(chain: Chain) -> impl Iterator<Item = Segment> {
     segments(chain.writable())
 }
 
-fn segments(descriptors: impl Iterator<Item = virtio_queue::desc::split::Descriptor>) -> impl Iterator<Item = Segment> {
+fn segments(descriptors: impl Iterator<Item = Descriptor>) -> impl Iterator<Item = Segment> {
     let segments = descriptors.map(|descriptor| Segment { address: descriptor.addr(), length: descriptor.len() });
     segments.filter(|segment| segment.length > 0)
 }
@@ -44,7 +45,7 @@ pub(super) fn pieces(
     segments: impl Iterator<Item = Segment>,
     limit: usize,
 ) -> Option<Vec<Piece<'_>>> {
-    let (mut pieces, mut left) = (Vec::new(), limit);
+    let (mut pieces, mut left) = (Vec::with_capacity(segments.size_hint().0.min(PIECES_MAX)), limit);
     for segment in segments {
         let length = left.min(usize::try_from(segment.length).ok()?);
         left -= length;
@@ -97,10 +98,10 @@ pub(super) struct Posted {
 }
 
 impl Posted {
-    /// Adds a chain to the end. Of one with more than `limit` bytes the rest stays unused.
-    pub(super) fn push(&mut self, chain: Chain, limit: usize) {
-        let (head, mut count, mut bytes) = (chain.head_index(), 0, 0_usize);
-        for segment in writable(chain) {
+    /// Adds a chain to the end, given its head and its descriptors that the device writes. Of one with more than `limit` bytes the rest stays unused.
+    pub(super) fn push(&mut self, head: u16, descriptors: impl Iterator<Item = Descriptor>, limit: usize) {
+        let (mut count, mut bytes) = (0, 0_usize);
+        for segment in segments(descriptors) {
             let length = usize::try_from(segment.length).unwrap_or(usize::MAX).min(limit - bytes);
             self.segments.push_back(Segment { length: u32::try_from(length).unwrap_or(u32::MAX), ..segment });
             count += 1;

@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::fault::Fault;
 use super::interrupt::Interrupt;
-use super::memory::Memory;
+use super::memory::{GuestMemory, Memory};
 
 /// A request: descriptors that belong together. Untrusted.
 pub type Chain = DescriptorChain<Memory>;
@@ -62,6 +62,36 @@ impl Ring {
             self.bring_in_request(chain).map_err(Fault::absent)?;
         }
         Ok(next)
+    }
+
+    /// Gives requests to `take`, head and descriptors that the device writes, until it wants no more or there are none.
+    ///
+    /// Cheaper than a [`Ring::pop`] for each: the driver's index is read once, and no request holds a share of the memory.
+    ///
+    /// # Errors
+    /// [`Fault`]: the ring makes no sense.
+    pub(super) fn pop_while(
+        &mut self,
+        mut take: impl FnMut(u16, &mut dyn Iterator<Item = Descriptor>) -> bool,
+    ) -> Result<(), Fault> {
+        if !self.queue.ready() {
+            return Ok(());
+        }
+        if !self.memory.is_whole() {
+            while let Some(chain) = self.pop()? {
+                if !take(chain.head_index(), &mut chain.writable()) {
+                    break;
+                }
+            }
+            return Ok(());
+        }
+        let memory: &GuestMemory = &self.memory;
+        for chain in self.queue.iter(memory).map_err(Fault::ring)? {
+            if !take(chain.head_index(), &mut chain.writable()) {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn next(&mut self) -> Result<Option<Chain>, Fault> {
@@ -122,25 +152,35 @@ impl Ring {
     /// [`Fault`]: the ring makes no sense.
     pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), Fault> {
         let Some(((last, written), others)) = used.split_last() else { return Ok(()) };
+        if others.iter().any(|(head, _)| *head >= self.queue.size()) {
+            return Err(Fault::ring(virtio_queue::Error::InvalidDescriptorIndex));
+        }
         let first = Wrapping(self.queue.next_used());
         let mut next = first;
-        for (head, length) in others {
-            if *head >= self.queue.size() {
-                return Err(Fault::ring(virtio_queue::Error::InvalidDescriptorIndex));
-            }
-            // The used ring: flags and index, 2 bytes each; then entries of 8 bytes (section 2.7.8).
-            let at = self.queue.used_ring().checked_add(4 + 8 * u64::from(next.0 % self.queue.size()));
-            let at = at.ok_or_else(|| Fault::ring(virtio_queue::Error::AddressOverflow))?;
-            let entry = u64::from(*head) | u64::from(*length) << 32;
-            let written = self.memory.write_obj(entry.to_le(), GuestAddress(at));
-            written.map_err(|error| Fault::ring(virtio_queue::Error::GuestMemory(error)))?;
-            next += 1;
+        let mut left = others;
+        // A frame of 64 KiB lies in some forty buffers: their entries are written at once, up to the end of the ring and from its start on.
+        while !left.is_empty() {
+            let index = next.0 % self.queue.size();
+            let (now, later) = left.split_at(left.len().min((self.queue.size() - index).into()));
+            self.write_used(index, now)?;
+            next += u16::try_from(now.len()).unwrap_or(u16::MAX);
+            left = later;
         }
         // This one publishes the index behind it, and thereby those before.
         self.queue.set_next_used(next.0);
         self.queue.add_used(&*self.memory, *last, *written).map_err(Fault::ring)?;
         self.news = self.news.wrapping_add((next - first).0).wrapping_add(1);
         Ok(())
+    }
+
+    /// Writes entries of the used ring from the `index`-th on, behind its flags and its index (section 2.7.8).
+    fn write_used(&self, index: u16, used: &[(u16, u32)]) -> Result<(), Fault> {
+        let at = self.queue.used_ring().checked_add(4 + USED * u64::from(index));
+        let at = at.ok_or_else(|| Fault::ring(virtio_queue::Error::AddressOverflow))?;
+        let entry = |(head, length): &(u16, u32)| (u64::from(*head) | u64::from(*length) << 32).to_le_bytes();
+        let entries: Vec<u8> = used.iter().flat_map(entry).collect();
+        let written = self.memory.write_slice(&entries, GuestAddress(at));
+        written.map_err(|error| Fault::ring(virtio_queue::Error::GuestMemory(error)))
     }
 
     /// Interrupts the driver if something was completed since the last call and it wants to know.

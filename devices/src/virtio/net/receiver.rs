@@ -13,8 +13,8 @@ const NUM_BUFFERS: usize = 10;
 
 /// What there is to be received, and where to.
 ///
-/// A frame's length is known when it is there. So it is read straight into the driver's buffers where they have room for the largest, and
-/// into memory of our own, from which it is copied, where they have not.
+/// A frame's length is known when it is there. So it is read straight into the driver's buffers, and what they have no room for into memory of our
+/// own. That memory is kept: a driver that is behind has few buffers, and 64 KiB cleared for each attempt would cost more than the frame.
 ///
 /// Where the driver merges buffers, room for the largest is some 40 of them, and each is work for us and for the host even if nothing goes there.
 /// So a frame is offered the first buffer alone while frames fit in that; of one that does not, the rest is copied, and the next is offered all.
@@ -24,7 +24,7 @@ pub(super) struct Receiver {
     posted: Posted,
     /// The last frame did not fit in the first buffer.
     is_large: bool,
-    /// Where the rest of such a frame goes; empty until there is one to be received.
+    /// Where the rest of a frame goes; empty until there is one to be received.
     rest: Vec<u8>,
     /// A frame for which the buffers do not suffice.
     waiting: Option<Vec<u8>>,
@@ -57,22 +57,28 @@ impl Receiver {
     /// Receives one frame.
     fn receive(&mut self, link: &mut Link, ring: &mut Ring, merge: bool) -> io::Result<Result<(), Fault>> {
         let memory = ring.memory().clone();
-        let first = self.posted.first_room().min(FRAME_MAX);
-        let offered = if self.is_large { FRAME_MAX } else { first };
-        if self.room(merge) >= FRAME_MAX
-            && let Some(pieces) = buffers::pieces(&memory, self.posted.segments(), offered)
-        {
-            self.rest.resize(FRAME_MAX, 0);
-            let rest = self.rest.get_mut(offered..).unwrap_or_default();
-            let length = link.tap.receive(&pieces, rest)?;
-            self.is_large = length > first;
+        let (first, room) = (self.posted.first_room().min(FRAME_MAX), self.room(merge));
+        let offered = if self.is_large { room.min(FRAME_MAX) } else { first };
+        // Where a buffer lies outside of the memory, all goes to memory of our own.
+        let pieces = buffers::pieces(&memory, self.posted.segments(), offered);
+        let (pieces, offered) = pieces.map_or((Vec::new(), 0), |pieces| (pieces, offered));
+        self.rest.resize(FRAME_MAX, 0);
+        let length = link.tap.receive(&pieces, self.rest.get_mut(offered..).unwrap_or_default())?;
+        self.is_large = length > first;
+        if length <= room {
             return Ok(self.deliver_with_rest(ring, offered, length));
         }
-        let mut frame = vec![0; FRAME_MAX];
-        let length = link.tap.receive(&[], &mut frame)?;
-        frame.truncate(length);
-        // What is no frame is gone.
-        self.waiting = (length >= HEADER).then_some(frame);
+        // It waits for more buffers. What is no frame is gone.
+        self.waiting = (length >= HEADER).then(|| {
+            let mut frame = Vec::with_capacity(length);
+            for piece in &pieces {
+                let start = frame.len();
+                frame.resize(start + piece.len(), 0);
+                piece.copy_to(frame.get_mut(start..).unwrap_or_default());
+            }
+            frame.extend_from_slice(self.rest.get(offered..length).unwrap_or_default());
+            frame
+        });
         Ok(Ok(()))
     }
 
@@ -126,9 +132,11 @@ impl Receiver {
     /// not, the driver will tell of more.
     fn provide(&mut self, ring: &mut Ring, merge: bool, needed: usize) -> Result<bool, Fault> {
         loop {
-            while self.wants_more(merge) {
-                let Some(chain) = ring.pop()? else { break };
-                self.posted.push(chain, FRAME_MAX);
+            if self.wants_more(merge) {
+                ring.pop_while(|head, descriptors| {
+                    self.posted.push(head, descriptors, FRAME_MAX);
+                    self.wants_more(merge)
+                })?;
             }
             if self.room(merge) >= needed {
                 return Ok(true);

@@ -296,6 +296,33 @@ fn a_frame_goes_into_small_buffers_too_and_waits_until_there_are_enough() {
 }
 
 #[test]
+fn where_buffers_are_few_frames_go_straight_into_those_that_there_are() {
+    let (mut driver, host) = set_up(MERGE);
+    let buffer = |index: u64| BUFFERS + 0x1000 * index;
+    (0..4).for_each(|index| _ = driver.offer(RECEIVE, &[], &[(buffer(index), 1500)]));
+    // Far from room for the largest. The second small one is offered all that there is, as it comes behind a large one.
+    for (length, used, pieces, copied) in [(60, 1, 1, 0), (2000, 2, 1, 1), (61, 1, 1, 1)] {
+        arrive(&mut driver, &host, frame(length));
+        assert_eq!(driver.used(RECEIVE).len(), used, "{length}");
+        let host = host.lock().unwrap();
+        assert_eq!((host.offered.last(), host.copied), (Some(&pieces), copied), "{length}");
+    }
+    assert_eq!(driver.get(buffer(3), 73), received(&frame(61), 1));
+
+    // One that finds too few waits with what already lay in them.
+    let came = frame(4000);
+    (4..6).for_each(|index| _ = driver.offer(RECEIVE, &[], &[(buffer(index), 1500)]));
+    arrive(&mut driver, &host, came.clone());
+    assert!(driver.used(RECEIVE).is_empty());
+    driver.offer(RECEIVE, &[], &[(buffer(6), 1500)]);
+    driver.notify(RECEIVE);
+    assert_eq!(driver.used(RECEIVE), [(4, 1500), (5, 1500), (6, 1012)]);
+    let lies: Vec<u8> =
+        [(4, 1500), (5, 1500), (6, 1012)].into_iter().flat_map(|(at, length)| driver.get(buffer(at), length)).collect();
+    assert_eq!(lies, received(&came, 3));
+}
+
+#[test]
 fn a_frame_that_never_has_room_is_dropped_and_the_next_one_comes() {
     let (mut driver, host) = set_up(MERGE);
     for index in 0..ENTRIES {
