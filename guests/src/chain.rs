@@ -114,7 +114,7 @@ pub struct ChainReport {
     pub rewound: usize,
 }
 
-/// The first fault of an output. `unit` is `tick`, or `turn` for [`crate::turns`].
+/// The first fault of an output. `unit` is `tick`, `turn` for [`crate::turns`], or `record` for [`crate::records`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChainError {

@@ -68,6 +68,18 @@ const PROBE: &[Parameter] = &[
     parameter("skip", "", "names of tests, separated by commas: leave these out"),
 ];
 
+const RECORDS: &[Parameter] = &[
+    parameter("count", "0", "records to write before powering off; 0 goes on forever"),
+    parameter("flush", "1", "records from one flush to the next, 1 to an eighth of those that the disk holds"),
+    parameter("hz", "100", "records a second at most, 19 to 10000; 0: as fast as they go"),
+    parameter("size", "4096", "bytes of a record, whole sectors of 512, 512 to 4096"),
+    parameter(
+        "verify",
+        "1",
+        "1: read each record before it is overwritten, and end with code 1 if it is another; 0: do not",
+    ),
+];
+
 const SMP: &[Parameter] = &[
     parameter("turns", "0", "turns to take, in full rounds, before powering off; 0 goes on forever"),
     parameter("hz", "100", "rounds a second, 19 to 10000; 0: as fast as they go"),
@@ -85,6 +97,12 @@ const ROWS: &[Row] = &[
         "touches the pages of a list (--initrd: 4 bytes each, little-endian; top bit: write)",
         images::pages,
         PAGES,
+    ),
+    (
+        "records",
+        "appends records to the first disk (--disk) and tells of each when it is durable",
+        images::records,
+        RECORDS,
     ),
     ("smp", "processors take turns, handed on by inter-processor interrupts, and chain a hash", images::smp, SMP),
     ("probe", "tries, one at a time, what this KVM can run", images::probe, PROBE),

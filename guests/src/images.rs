@@ -13,6 +13,7 @@ global_asm!(
     include_str!("asm/memwalk.s"),
     include_str!("asm/pages.s"),
     include_str!("asm/probe.s"),
+    include_str!("asm/records.s"),
     include_str!("asm/smp.s"),
     options(att_syntax, raw)
 );
@@ -38,4 +39,5 @@ image!(echo, perdure_guest_echo, perdure_guest_echo_end);
 image!(memwalk, perdure_guest_memwalk, perdure_guest_memwalk_end);
 image!(pages, perdure_guest_pages, perdure_guest_pages_end);
 image!(probe, perdure_guest_probe, perdure_guest_probe_end);
+image!(records, perdure_guest_records, perdure_guest_records_end);
 image!(smp, perdure_guest_smp, perdure_guest_smp_end);

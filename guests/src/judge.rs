@@ -3,12 +3,12 @@
 
 use crate::chain::{self, ChainError, classify};
 use crate::transcript::{Extent, Transcript};
-use crate::turns;
+use crate::{records, turns};
 
 /// A guest's own account of what it did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Links {
-    /// Ticks or turns that are there, and right.
+    /// Ticks, turns or records that are there, and right.
     pub reached: u64,
     /// How often it went back to an earlier one.
     pub rewound: usize,
@@ -41,6 +41,8 @@ impl Judge {
             chain::Lines::of(output).map(|lines| judge("tick", Box::new(lines.ticks_of()), Box::new(lines)))
         } else if output.starts_with("smp ") {
             turns::due(output).map(|(_, due)| judge("turn", Box::new(turns::turns_of), Box::new(due)))
+        } else if output.starts_with("records ") {
+            records::due(output).map(|(due, reached)| judge("record", Box::new(reached), Box::new(due)))
         } else {
             return None;
         })

@@ -8,7 +8,7 @@
 //! ```text
 //!   asm/*.s ──global_asm!──► images ──► guest::{all, by_name} ──► the VMM loads Guest::image (ELF64)
 //!                                                                       │ serial, report port
-//!   chain, echo, turns, walk, pages, probe  ◄── what the guest printed ────────┘
+//!   chain, echo, turns, walk, pages, records, probe  ◄── what the guest printed ────────┘
 //! ```
 //!
 //! | guest | does | judged by |
@@ -17,6 +17,7 @@
 //! | `echo` | gives back serial input line by line | [`echo`] |
 //! | `memwalk` | touches a working set, at CPL3 | [`walk`] |
 //! | `pages` | touches the pages of a list that the host gives it, at CPL3 | [`pages`] |
+//! | `records` | appends records to a disk, and says when they are durable | [`records`], the disk's bytes included |
 //! | `smp` | processors take turns | [`turns`] |
 //! | `probe` | tries what a KVM can run | [`probe`] |
 //! | `boot` | prints `boot`, reports 1, rests without a timer | |
@@ -38,6 +39,7 @@ pub mod pages;
 pub mod ports;
 pub mod probe;
 pub mod random;
+pub mod records;
 mod transcript;
 pub mod turns;
 pub mod walk;

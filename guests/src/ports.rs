@@ -11,7 +11,8 @@
 //! guest's memory. Beyond that only the first MiB may hold what the loader needs (boot_params, command line, tables).
 //!
 //! # Devices
-//! In-kernel PIC, IOAPIC, local APICs and PIT, and the ports below. Lines end in `\n` alone.
+//! In-kernel PIC, IOAPIC, local APICs and PIT, and the ports below. Lines end in `\n` alone. `records` looks for a virtio-mmio block
+//! device in the [`VIRTIO_WINDOWS`] pages from [`VIRTIO_MMIO`] on; its interrupt may be any pin of the IOAPIC from 5 to 22.
 
 /// Physical address at which every image is linked and loaded.
 pub const LOAD_ADDRESS: u64 = 0x10_0000;
@@ -21,6 +22,11 @@ pub const IMAGE_MEMORY: u64 = 0x2_0000;
 pub const FREE_ADDRESS: u64 = 0x20_0000;
 /// Physical address of the page from which `smp` starts its other processors.
 pub const TRAMPOLINE_ADDRESS: u64 = 0x8000;
+
+/// Physical address of the first window of a virtio-mmio device; each has a page.
+pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// Windows that are looked at.
+pub const VIRTIO_WINDOWS: u64 = 16;
 
 /// First port of the 16550 serial line; its interrupt is [`SERIAL_IRQ`].
 pub const SERIAL: u16 = 0x3f8;

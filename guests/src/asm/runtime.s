@@ -104,8 +104,10 @@ perdure_guest_\g:
     .quad frame
     .set frame, frame + 0x200000
     .endr
-\g\()_pd_fourth:                                # of the fourth GiB, the IOAPIC and the local APIC, uncached
-    .fill 502, 8, 0
+\g\()_pd_fourth:                                # of the fourth GiB, virtio-mmio, the I/O APIC and the local APIC, uncached
+    .fill 128, 8, 0
+    .quad 0xd000009b
+    .fill 373, 8, 0
     .quad 0xfec0009b, 0xfee0009b
     .fill 8, 8, 0
 \g\()_end:

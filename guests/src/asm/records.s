@@ -1,0 +1,598 @@
+# records: appends records to a disk, each a link of a chain of hashes, and says so when a flush has made them durable.
+# What a record is and what is printed is defined in `records.rs`; the two must agree to the bit.
+#
+# Registers that live across the whole run: r12 the disk's window, r13 slots of the ring, r14 number of the last record
+# written, r15 its hash. Interrupts are on while it waits, and not else.
+
+.set RECORDS_WINDOWS,   0xd0000000          # virtio-mmio (virtio 1.2, section 4.2), a page each
+.set RECORDS_WINDOW,    0x1000
+.set RECORDS_WINDOWS_N, 16
+.set RECORDS_IOAPIC,    0xfec00000
+.set RECORDS_PIN,       5                   # the pins of the I/O APIC from here on are those of virtio devices
+.set RECORDS_PINS,      18
+.set RECORDS_VECTOR,    0x30
+
+.set RECORDS_QUEUE,     8                   # entries; one request of three is in it at a time
+.set RECORDS_DESC,      SCRATCH             # descriptors: address, length in 4, flags in 2, next in 2
+.set RECORDS_AVAIL,     SCRATCH + 0x100
+.set RECORDS_USED,      SCRATCH + 0x200
+.set RECORDS_HEADER,    SCRATCH + 0x300     # of the request: type in 4, 0 in 4, sector
+.set RECORDS_STATUS,    SCRATCH + 0x310
+.set RECORDS_OUT,       SCRATCH + 0x1000    # the record that is written
+.set RECORDS_IN,        SCRATCH + 0x2000    # and one that is read
+.set RECORDS_TABLE,     FREE                # for each slot what is known to be there: number (0: it is not known), hash
+.set RECORDS_SLOTS_MAX, 65536
+
+    guest_begin records
+
+records_entry:
+    cli
+    cld
+    mov $STACK, %esp
+    mov %rsi, %rbx
+    lea records_name(%rip), %rsi
+    call records_puts
+    own_machine records
+    mov %rbx, %rsi
+    push %rbx
+    call records_linux_cmdline
+    call records_read_parameters
+    pop %rbx
+    call records_find_disk
+    call records_begin_disk
+    call records_lay_out
+    call records_begin_interrupts
+    call records_scan
+    call records_make_durable           # it may have been there, and not yet durable
+    lea records_text_slots(%rip), %rsi
+    call records_puts
+    mov %r13, %rax
+    call records_put_decimal
+    lea records_text_found(%rip), %rsi
+    call records_print_number
+
+records_next:
+    mov records_count(%rip), %rcx
+    jrcxz 1f
+    cmp %rcx, %r14
+    jae records_finish
+1:  call records_wait_for_tick
+    inc %r14
+    mov %r15, %rax
+    mov %r14, %rdx
+    call records_fold
+    mov %rax, %r15
+    call records_verify_slot
+    call records_compose
+    call records_slot_sector
+    mov $RECORDS_OUT, %edi
+    mov $1, %eax
+    call records_request
+    call records_slot_row
+    mov %r14, (%rsi)
+    mov %r15, 8(%rsi)
+    mov %r14, %rax
+    xor %edx, %edx
+    divq records_flush(%rip)
+    test %rdx, %rdx
+    jnz records_next
+    call records_make_durable
+    lea records_text_record(%rip), %rsi
+    call records_print_number
+    jmp records_next
+
+records_finish:
+    call records_make_durable
+    lea records_text_done(%rip), %rsi
+    call records_print_number
+    jmp records_power_off
+
+# Prints the text at rsi, the last record's number and its hash.
+records_print_number:
+    call records_puts
+    mov %r14, %rax
+    call records_put_decimal
+    mov $32, %al
+    call records_putc
+    mov %r15, %rax
+    call records_put_hex
+    jmp records_newline
+
+# Waits for the next tick of the timer, unless there is none.
+records_wait_for_tick:
+    cmpq $0, records_hz(%rip)
+    je 3f
+1:  cli
+    mov records_ticks(%rip), %rax
+    cmp records_done(%rip), %rax
+    jne 2f
+    sti
+    hlt
+    jmp 1b
+2:  mov %rax, records_done(%rip)        # ticks that passed meanwhile are not made up for
+3:  ret
+
+# Folds rdx into the hash rax.
+records_fold:
+    rol $5, %rax
+    xor %rdx, %rax
+    imul records_multiplier(%rip), %rax
+    ret
+
+# Where record r14 belongs: its slot into rax. Clobbers rdx.
+records_slot:
+    lea -1(%r14), %rax
+    xor %edx, %edx
+    div %r13
+    mov %rdx, %rax
+    ret
+
+# The first sector of that slot, into rdx. Clobbers rax.
+records_slot_sector:
+    call records_slot
+    mov %rax, %rdx
+    imul records_sectors(%rip), %rdx
+    ret
+
+# The row of that slot, into rsi. Clobbers rax, rdx.
+records_slot_row:
+    call records_slot
+    shl $4, %rax
+    lea RECORDS_TABLE(%rax), %rsi
+    ret
+
+# Record r14 with hash r15, to RECORDS_OUT. Clobbers rax, rcx, rdx, rdi.
+records_compose:
+    mov $RECORDS_OUT, %edi
+    xor %edx, %edx                      # sector of the record
+1:  mov records_magic(%rip), %rax
+    stosq
+    mov %r14, %rax
+    stosq
+    mov %r15, %rax
+    stosq
+    mov %rdx, %rax
+    stosq
+    mov %r15, %rax
+    call records_fold
+    mov $60, %ecx
+    rep stosq
+    inc %edx
+    cmp records_sectors(%rip), %rdx
+    jb 1b
+    ret
+
+# Looks at RECORDS_IN: r10 is the number of the record there, r11 its hash; r10 is 0 if it is no whole record. Clobbers
+# rax, rcx, rdx, rdi.
+records_examine:
+    mov $RECORDS_IN, %edi
+    mov 8(%rdi), %r10
+    mov 16(%rdi), %r11
+    xor %edx, %edx
+1:  mov records_magic(%rip), %rax
+    scasq
+    jne 2f
+    mov %r10, %rax
+    scasq
+    jne 2f
+    mov %r11, %rax
+    scasq
+    jne 2f
+    mov %rdx, %rax
+    scasq
+    jne 2f
+    mov %r11, %rax
+    call records_fold
+    mov $60, %ecx
+    repe scasq
+    jne 2f
+    inc %edx
+    cmp records_sectors(%rip), %rdx
+    jb 1b
+    ret
+2:  xor %r10d, %r10d
+    ret
+
+# What is known to be in the slot of record r14, which is about to be overwritten, must be there.
+records_verify_slot:
+    cmpq $0, records_verify(%rip)
+    je 1f
+    call records_slot_row
+    cmpq $0, (%rsi)
+    je 1f
+    push %rsi
+    call records_slot_sector
+    mov $RECORDS_IN, %edi
+    xor %eax, %eax
+    call records_request
+    call records_examine
+    pop %rsi
+    mov (%rsi), %rbx
+    cmp %rbx, %r10
+    jne 2f
+    cmp 8(%rsi), %r11
+    jne 2f
+1:  ret
+2:  mov %r10, %rax                      # what is there instead
+    lea records_text_holds(%rip), %rsi
+    mov %rbx, %r14
+    jmp records_broken
+
+# All that was written is durable when this returns.
+records_make_durable:
+    mov $4, %eax
+    xor %edx, %edx
+    jmp records_request
+
+# Asks the disk: eax 0 read, 1 write, 4 flush; rdx the first sector, edi the memory of a record. Waits for the answer.
+# Clobbers rax, rcx, rdx.
+records_request:
+    mov %eax, RECORDS_HEADER
+    movl $0, RECORDS_HEADER + 4
+    mov %rdx, RECORDS_HEADER + 8
+    movb $0xff, RECORDS_STATUS
+    mov %edi, RECORDS_DESC + 16
+    mov records_sectors(%rip), %rcx
+    shl $9, %ecx
+    mov %ecx, RECORDS_DESC + 24
+    mov $1, %ecx                        # a next one; and to be written by the disk, where it is a read
+    test %eax, %eax
+    jnz 1f
+    mov $3, %ecx
+1:  mov %cx, RECORDS_DESC + 28
+    mov $1, %ecx
+    cmp $4, %eax
+    jne 2f
+    mov $2, %ecx                        # no data
+2:  mov %cx, RECORDS_DESC + 14
+    movzwl RECORDS_AVAIL + 2, %eax      # ring[index] is 0, the first descriptor, for ever
+    inc %eax
+    mov %ax, RECORDS_AVAIL + 2
+    movl $0, 0x50(%r12)                 # QueueNotify
+3:  cli
+    movzwl RECORDS_USED + 2, %ecx
+    cmp %cx, RECORDS_AVAIL + 2
+    je 4f
+    sti
+    hlt
+    jmp 3b
+4:  movzbl RECORDS_STATUS, %eax
+    test %eax, %eax
+    jnz records_refused
+    ret
+records_refused:
+    lea records_text_refused(%rip), %rsi
+    jmp records_broken
+
+# Ends the machine with code 1: record r14, what is wrong with it (rsi), and rax.
+records_broken:
+    cli
+    push %rax
+    push %rsi
+    lea records_text_broken(%rip), %rsi
+    call records_puts
+    mov %r14, %rax
+    call records_put_decimal
+    pop %rsi
+    call records_puts
+    pop %rax
+    call records_put_hex
+    call records_newline
+    mov $1, %al
+    jmp records_debug_exit
+
+# The window of the first disk there is, into r12.
+records_find_disk:
+    mov $RECORDS_WINDOWS, %r12d
+    mov $RECORDS_WINDOWS_N, %ecx
+1:  cmpl $0x74726976, (%r12)            # "virt"
+    jne 2f
+    cmpl $2, 4(%r12)                    # version
+    jne 2f
+    cmpl $2, 8(%r12)                    # a block device
+    je 3f
+2:  add $RECORDS_WINDOW, %r12
+    dec %ecx
+    jnz 1b
+    lea records_text_no_disk(%rip), %rsi
+    jmp records_usage
+3:  ret
+
+records_usage:
+    call records_puts
+    mov $2, %al
+    jmp records_debug_exit
+
+# The handshake of virtio 1.2, sections 3.1 and 4.2.3: flushes and nothing else, one queue.
+records_begin_disk:
+    mov $SCRATCH, %edi
+    xor %eax, %eax
+    mov $0x400, %ecx
+    rep stosb
+    movl $RECORDS_HEADER, RECORDS_DESC
+    movl $16, RECORDS_DESC + 8
+    movw $1, RECORDS_DESC + 12          # the next one is 1 or 2
+    movw $2, RECORDS_DESC + 16 + 14
+    movl $RECORDS_STATUS, RECORDS_DESC + 32
+    movl $1, RECORDS_DESC + 40
+    movw $2, RECORDS_DESC + 44          # to be written by the disk
+    movl $0, 0x70(%r12)                 # reset, ACKNOWLEDGE, DRIVER
+    movl $1, 0x70(%r12)
+    movl $3, 0x70(%r12)
+    movl $0, 0x14(%r12)
+    testl $0x200, 0x10(%r12)            # VIRTIO_BLK_F_FLUSH
+    jz 1f
+    movl $0, 0x24(%r12)
+    movl $0x200, 0x20(%r12)
+    movl $1, 0x24(%r12)
+    movl $1, 0x20(%r12)                 # VIRTIO_F_VERSION_1
+    movl $11, 0x70(%r12)                # FEATURES_OK
+    testl $8, 0x70(%r12)
+    jz 1f
+    movl $0, 0x30(%r12)
+    movl $RECORDS_QUEUE, 0x38(%r12)
+    movl $RECORDS_DESC, 0x80(%r12)
+    movl $0, 0x84(%r12)
+    movl $RECORDS_AVAIL, 0x90(%r12)
+    movl $0, 0x94(%r12)
+    movl $RECORDS_USED, 0xa0(%r12)
+    movl $0, 0xa4(%r12)
+    movl $1, 0x44(%r12)
+    movl $15, 0x70(%r12)                # DRIVER_OK
+    ret
+1:  lea records_text_unusable(%rip), %rsi
+    jmp records_usage
+
+# How many slots there are, into r13, and a table of them, of which nothing is known. rbx = boot_params.
+records_lay_out:
+    mov records_size(%rip), %rax
+    shr $9, %rax
+    mov %rax, records_sectors(%rip)
+    lea -1(%rax), %rdx
+    cmp $7, %rdx
+    ja 4f
+    mov %rax, %rcx
+    mov 0x104(%r12), %eax               # capacity, in sectors
+    shl $32, %rax
+    mov 0x100(%r12), %edx
+    or %rdx, %rax
+    xor %edx, %edx
+    div %rcx
+    mov $RECORDS_SLOTS_MAX, %ecx
+    cmp %rcx, %rax
+    cmova %rcx, %rax
+    mov %rax, %r13
+    mov records_flush(%rip), %rdx       # a slot is not overwritten before what is in it is durable for long
+    lea -1(%rdx), %rcx
+    cmp $RECORDS_SLOTS_MAX, %rcx
+    jae 4f
+    shl $3, %rdx
+    cmp %rdx, %r13
+    jb 4f
+    movzbl 0x1e8(%rbx), %ecx
+    add $0x2d0, %rbx
+    mov $FREE, %edi
+    mov %r13, %rdx
+    shl $4, %rdx
+    add %rdi, %rdx                      # the table's end
+1:  test %ecx, %ecx
+    jz 4f
+    mov (%rbx), %rax                    # the e820 entry: base, size, type
+    mov 8(%rbx), %rsi
+    add %rax, %rsi
+    cmpl $1, 16(%rbx)
+    jne 2f
+    cmp %rdi, %rax
+    ja 2f
+    cmp %rdx, %rsi
+    jae 3f
+2:  add $20, %rbx
+    dec %ecx
+    jmp 1b
+3:  lea (%r13,%r13), %rcx
+    xor %eax, %eax
+    rep stosq
+    ret
+4:  lea records_text_no_room(%rip), %rsi
+    jmp records_usage
+
+# The timer through the PICs, unless there is none; the disk through the I/O APIC, whichever pin is its own.
+records_begin_interrupts:
+    pic_through_lint0 0xfe
+    mov records_hz(%rip), %rcx
+    test %rcx, %rcx
+    jnz 1f
+    out8 0x21, 0xff
+    jmp 2f
+1:  mov $19, %eax
+    cmp %rax, %rcx
+    cmovb %rax, %rcx
+    mov $10000, %eax
+    cmp %rax, %rcx
+    cmova %rax, %rcx
+    mov $1193182, %eax                  # PIT channel 0, rate generator
+    xor %edx, %edx
+    div %rcx
+    mov %eax, %ecx
+    out8 0x43, 0x34
+    mov %cl, %al
+    out %al, $0x40
+    mov %ch, %al
+    out %al, $0x40
+2:  mov $LAPIC, %edi
+    mov 0x20(%rdi), %edx                # to this processor
+    and $0xff000000, %edx
+    mov $RECORDS_IOAPIC, %edi
+    mov $(0x10 + 2 * RECORDS_PIN), %eax
+    mov $RECORDS_PINS, %ecx
+3:  inc %eax
+    mov %eax, (%rdi)
+    mov %edx, 0x10(%rdi)
+    dec %eax
+    mov %eax, (%rdi)
+    movl $RECORDS_VECTOR, 0x10(%rdi)    # edge-triggered, active-high, fixed
+    add $2, %eax
+    dec %ecx
+    jnz 3b
+    ret
+
+# Finds the last record: number and hash into r14 and r15. Records up to the last flush must be there, those behind it may.
+records_scan:
+    mov $1, %r14d                       # of each slot the first record that belongs there
+    xor %ebx, %ebx                      # the greatest number that is there
+1:  call records_slot_sector
+    mov $RECORDS_IN, %edi
+    xor %eax, %eax
+    call records_request
+    call records_examine
+    test %r10, %r10
+    jz 2f
+    lea -1(%r10), %rax                  # one that belongs elsewhere is none
+    xor %edx, %edx
+    div %r13
+    inc %rdx
+    cmp %rdx, %r14
+    jne 2f
+    call records_slot_row
+    mov %r10, (%rsi)
+    mov %r11, 8(%rsi)
+    cmp %rbx, %r10
+    cmova %r10, %rbx
+2:  inc %r14
+    cmp %r13, %r14
+    jbe 1b
+
+    mov records_seed(%rip), %r15        # rbx becomes the last record that was flushed for certain
+    xor %r14d, %r14d
+    test %rbx, %rbx
+    jz 8f
+    lea -1(%rbx), %rax
+    xor %edx, %edx
+    divq records_flush(%rip)
+    mulq records_flush(%rip)
+    mov %rax, %rbx
+    mov records_flush(%rip), %rcx       # the first that nothing behind that can have overwritten
+    add %rcx, %rax
+    sub %r13, %rax
+    jns 3f
+    xor %eax, %eax
+3:  mov %rax, %r14
+    cmp $1, %rax
+    sbb %r8, %r8                        # all ones: the chain is known from its seed on
+4:  cmp %rbx, %r14
+    jae 6f
+    inc %r14
+    call records_slot_row
+    cmp %r14, (%rsi)
+    jne records_lost
+    mov 8(%rsi), %r11
+    test %r8, %r8
+    jz 5f
+    mov %r15, %rax
+    mov %r14, %rdx
+    call records_fold
+    cmp %rax, %r11
+    jne records_altered
+5:  mov $-1, %r8
+    mov %r11, %r15
+    jmp 4b
+
+6:  inc %r14                            # and what follows it without a gap
+    call records_slot_row
+    cmp %r14, (%rsi)
+    jne 7f
+    mov %r15, %rax
+    mov %r14, %rdx
+    call records_fold
+    cmp %rax, 8(%rsi)
+    jne 7f
+    mov %rax, %r15
+    jmp 6b
+7:  dec %r14
+8:  mov $RECORDS_TABLE, %esi            # what lies behind a gap is written again
+    mov %r13, %rcx
+9:  cmp %r14, (%rsi)
+    jbe 1f
+    movq $0, (%rsi)
+1:  add $16, %rsi
+    dec %rcx
+    jnz 9b
+    ret
+records_lost:
+    mov (%rsi), %rax
+    lea records_text_holds(%rip), %rsi
+    jmp records_broken
+records_altered:
+    mov %r11, %rax
+    lea records_text_hash(%rip), %rsi
+    jmp records_broken
+
+records_timer:
+    push %rax
+    incq records_ticks(%rip)
+    mov $0x20, %al
+    out %al, $0x20
+    pop %rax
+    iretq
+
+records_disk:
+    push %rax
+    mov 0x60(%r12), %eax                # InterruptStatus, InterruptACK
+    mov %eax, 0x64(%r12)
+    mov $LAPIC, %eax
+    movl $0, 0xb0(%rax)                 # end of interrupt
+    pop %rax
+    iretq
+
+records_spurious:
+    iretq
+
+records_exception:
+    jmp records_fatal
+
+    runtime records
+    fatal_exception records
+    exception_stubs records
+    plain_tss records
+
+    .balign 16
+records_idt:
+    exception_gates records
+    idt_gate records, records_timer
+  .rept 15
+    idt_gate records, records_spurious
+  .endr
+    idt_gate records, records_disk
+records_idt_end:
+
+    .balign 8
+records_seed:       .quad 0x70657264757265
+records_multiplier: .quad 0x517cc1b727220a95
+records_magic:      .quad 0x64726f6365723a70    # "p:record"
+records_sectors:    .quad 0                     # of a record
+records_ticks:      .quad 0                     # by the interrupt handler
+records_done:       .quad 0                     # of them, waited for
+records_parameters:
+    parameter records, count, 0
+    parameter records, flush, 1
+    parameter records, hz, 100
+    parameter records, size, 4096
+    parameter records, verify, 1
+    parameters_end
+  .irp key, count, flush, hz, size, verify
+    parameter_key records, \key
+  .endr
+records_name:          .asciz "records"
+records_text_slots:    .asciz "slots "
+records_text_found:    .asciz " found "
+records_text_record:   .asciz "record "
+records_text_done:     .asciz "done "
+records_text_broken:   .asciz "chain broken at record "
+records_text_holds:    .asciz " its slot holds "
+records_text_hash:     .asciz " hash "
+records_text_refused:  .asciz " disk status "
+records_text_no_disk:  .asciz "no disk: give one with --disk\n"
+records_text_unusable: .asciz "the disk cannot be used: it has no flush, or refuses what is asked of it\n"
+records_text_no_room:  .asciz "size= is not 512 to 4096, flush= not 1 to an eighth of the slots, or memory is too small\n"
+
+    guest_end records
