@@ -34,19 +34,20 @@ impl Judge {
     /// Of the guest whose output begins with `output`; `None` if that is no guest whose output can be recomputed.
     ///
     /// # Errors
-    /// [`ChainError::Banner`]: its first lines cannot be used.
+    /// [`ChainError::Banner`]: its first lines cannot be used. [`ChainError::Broken`]: it says there already what is wrong.
     pub fn of(output: &str) -> Option<Result<Self, ChainError>> {
         let judge = |unit, reached: Reached, due: Due| Self { unit, reached, transcript: Transcript::new(due) };
         Some(if output.starts_with("counter ") {
-            chain::Lines::of(output).map(|lines| judge("tick", Box::new(lines.ticks_of()), Box::new(lines)))
+            let lines = chain::Lines::of(output).map_err(ChainError::from);
+            lines.map(|lines| judge("tick", Box::new(lines.ticks_of()), Box::new(lines)))
         } else if output.starts_with("smp ") {
-            turns::due(output).map(|(_, due)| judge("turn", Box::new(turns::turns_of), Box::new(due)))
+            let due = turns::due(output).map_err(ChainError::from);
+            due.map(|(_, due)| judge("turn", Box::new(turns::turns_of), Box::new(due)))
         } else if output.starts_with("records ") {
             records::due(output).map(|(due, reached)| judge("record", Box::new(reached), Box::new(due)))
         } else {
             return None;
         })
-        .map(|judge| judge.map_err(ChainError::from))
     }
 
     fn links(&self, extent: &Extent) -> Links {

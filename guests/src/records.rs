@@ -22,7 +22,7 @@
 use std::io;
 
 use crate::banner::{Banner, BannerError};
-use crate::chain::fold;
+use crate::chain::{ChainError, fold};
 use crate::transcript::Extent;
 
 const SEED: u64 = 0x0070_6572_6475_7265;
@@ -50,6 +50,12 @@ pub fn acknowledged(output: &str) -> Option<u64> {
             _ => None,
         }
     })
+}
+
+/// The last record that the guest found on its disk as it began, where `output` is its beginning.
+#[must_use]
+pub fn found(output: &str) -> Option<u64> {
+    Banner::parse(GUEST, output).and_then(|_| second_line(output)).ok().map(|(_, found)| found)
 }
 
 /// Hashes of the records from 1 on.
@@ -200,7 +206,11 @@ fn second_line(output: &str) -> Result<(u64, u64), BannerError> {
 /// The lines that the guest prints whose first two `output` begins with, and what tells the last durable record of an output that goes so far.
 pub(crate) fn due(
     output: &str,
-) -> Result<(impl Iterator<Item = String> + use<>, impl Fn(&Extent) -> u64 + use<>), BannerError> {
+) -> Result<(impl Iterator<Item = String> + use<>, impl Fn(&Extent) -> u64 + use<>), ChainError> {
+    // It looks at its disk before it says more.
+    if let Some(line) = output.lines().nth(1).filter(|line| line.starts_with("chain broken")) {
+        return Err(ChainError::Broken { line: line.to_owned() });
+    }
     let Ring { slots, flush, .. } = Ring::of(output)?;
     let banner = Banner::parse(GUEST, output)?;
     let (_, found) = second_line(output)?;

@@ -28,6 +28,7 @@ mod paging;
 mod pmem;
 mod pool_bytes;
 mod random;
+mod records;
 mod simulated;
 mod typing;
 mod usage;

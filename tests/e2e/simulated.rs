@@ -36,12 +36,16 @@ fn without_violation(ended: Ended) -> Value {
 }
 
 #[track_caller]
-pub(crate) fn scenario(perdure: &Perdure, scenario: &Value, limit: Duration) -> Value {
+pub(crate) fn run_scenario(perdure: &Perdure, scenario: &Value, limit: Duration) -> Ended {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("scenario.json");
     std::fs::write(&path, scenario.to_string()).unwrap();
-    let running = perdure.spawn(&["outage", "run", "--json", "--scenario", path.to_str().unwrap()]);
-    without_violation(running.wait(limit))
+    perdure.spawn(&["outage", "run", "--json", "--scenario", path.to_str().unwrap()]).wait(limit)
+}
+
+#[track_caller]
+pub(crate) fn scenario(perdure: &Perdure, scenario: &Value, limit: Duration) -> Value {
+    without_violation(run_scenario(perdure, scenario, limit))
 }
 
 /// What a seed draws of an outage: its number, its own seed, its time.

@@ -42,6 +42,8 @@ fn a_record_that_is_lost_doubled_or_altered_in_the_output_is_named() {
     assert!(matches!(altered, ChainError::Altered { unit: "record", number: 9, .. }), "{altered}");
     let broken = FIRST.replace(nine, "chain broken at record 9 its slot holds 0000000000000000\n");
     assert!(matches!(judged(&[&broken]), Err(ChainError::Broken { .. })));
+    let begun = format!("{}chain broken at record 9 its slot holds 0000000000000000\n", line(FIRST, "records "));
+    assert!(matches!(Judge::of(&begun), Some(Err(ChainError::Broken { .. }))), "at its start");
     let found = SECOND.replace("found 20 97", "found 20 96");
     assert!(judged(&[&found]).is_err(), "a hash that is not that of the chain");
 }

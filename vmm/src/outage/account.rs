@@ -93,7 +93,7 @@ pub(super) fn ran_on(
     answered: Option<&Answered>,
     interrupt: &Interrupt,
 ) -> Result<VmOutage, OutageError> {
-    let mut problems = Vec::new();
+    let mut problems = Vec::from_iter(subject.watch_records(pool));
     let before = subject.life.as_ref().map_or(0, |life| life.lines());
     let chained = subject.chained;
     if let Some(life) = &mut subject.life {
@@ -182,7 +182,11 @@ pub(super) fn account(
     let now = subject.life.as_ref().map(|life| life.text()).unwrap_or_default();
     let first = first_link(&now);
     outage.lost_links = match outage.went_on {
-        WentOnFrom::Boot => aftermath.last_link,
+        // What a disk kept is not lost.
+        WentOnFrom::Boot => {
+            let found = guests::records::found(&now).unwrap_or(0);
+            aftermath.last_link.map(|last| last.saturating_sub(found))
+        }
         _ => aftermath.last_link.zip(first).map(|(last, first)| (last + 2).saturating_sub(first)),
     };
     outage

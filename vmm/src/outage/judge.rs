@@ -107,7 +107,7 @@ pub(super) fn first_link(text: &str) -> Option<u64> {
 fn link<'a>(mut lines: impl Iterator<Item = &'a str>) -> Option<u64> {
     lines.find_map(|line| {
         let mut words = line.strip_suffix('\n')?.split(' ');
-        matches!(words.next()?, "tick" | "turn").then(|| words.next()?.parse().ok())?
+        matches!(words.next()?, "tick" | "turn" | "record").then(|| words.next()?.parse().ok())?
     })
 }
 

@@ -10,7 +10,8 @@
 //! [`warning`]). A cut kills them, and takes from the pool what its medium would have lost ([`vfs::cut`]): on `nvdimm` memory that was
 //! not saved is gone by itself; of files, what no flush covered is there, is not, or is torn, as the seed has it. On `dax` a store counts as
 //! durable, as it does where the power supply keeps the caches (eADR). Then [`simulation`] looks at what survived, holds it against
-//! what the VM had been told to be durable, resumes it, and lets the guest's own output be recomputed ([`judge`]).
+//! what the VM had been told to be durable, resumes it, and lets the guest's own output be recomputed ([`judge`]); of one that keeps records on a disk the disk is read, too
+//! ([`ring`]).
 //!
 //! [`campaign`] goes through many outages, on several such machines side by side, [`report`] sums them up, and [`page`] draws them.
 //! A seed draws the same times, cuts and losses again; the machine's own timing it cannot repeat.
@@ -26,6 +27,7 @@ mod life;
 pub mod page;
 pub mod plan;
 pub mod report;
+mod ring;
 pub mod scenario;
 mod simulation;
 mod subject;

@@ -315,6 +315,8 @@ pub struct VmPlan {
     pub memory: ByteSize,
     /// What it lies on.
     pub medium: Option<MediumKind>,
+    /// A disk of the pool of this size, `data`; none if not given, but for the guest `records`, which needs one.
+    pub disk: Option<ByteSize>,
     /// Take a generation each time this has passed, as in `200ms`; none if not given.
     pub snapshot_every: Option<String>,
     /// Generations that stay at most.
@@ -333,6 +335,7 @@ impl Default for VmPlan {
             cpus: 1,
             memory: ByteSize(16 << 20),
             medium: None,
+            disk: None,
             snapshot_every: Some("250ms".to_owned()),
             max_snapshots: None,
             holdup: None,
@@ -341,13 +344,30 @@ impl Default for VmPlan {
     }
 }
 
+/// The guest whose disk is looked at.
+pub(super) const RECORDS: &str = "records";
+/// The disk of a VM of the simulator's own.
+const DISK: &str = "data";
+/// That of `records`: more than one lap of it between most outages.
+const RECORDS_DISK: ByteSize = ByteSize(1 << 20);
+
 impl VmPlan {
+    fn disk(&self) -> Option<ByteSize> {
+        self.disk.or((self.guest == RECORDS).then_some(RECORDS_DISK))
+    }
+
+    /// The region of the VM `name` that its guest keeps records on.
+    pub(super) fn records_disk(&self, name: &str) -> Option<String> {
+        (self.guest == RECORDS).then(|| format!("{name}/{DISK}"))
+    }
+
     /// The arguments of `perdure run`.
     pub(super) fn arguments(&self, name: &str) -> Vec<String> {
         let mut arguments = vec!["run".to_owned(), name.to_owned(), format!("--guest={}", self.guest)];
         let usual = match self.guest.as_str() {
             "counter" => "hz=500 ram=64K",
             "smp" => "hz=200",
+            RECORDS => "hz=500",
             "memwalk" => "ws=4M verify=1",
             _ => "",
         };
@@ -356,6 +376,7 @@ impl VmPlan {
         arguments.push(format!("--memory={}", self.memory.0));
         arguments.push("--serial=stdio".to_owned());
         arguments.extend(self.medium.map(|medium| format!("--medium={medium}")));
+        arguments.extend(self.disk().map(|size| format!("--disk={DISK}:{}", size)));
         arguments.extend(self.snapshot_every.as_ref().map(|every| format!("--snapshot-every={every}")));
         arguments.extend(self.holdup.as_ref().map(|holdup| format!("--holdup={holdup}")));
         if let Some(most) = self.max_snapshots {
@@ -405,6 +426,22 @@ mod tests {
             assert_eq!(text.parse::<Cut>().unwrap().to_string(), text);
         }
         assert!("at:nowhere".parse::<Cut>().is_err());
+    }
+
+    #[test]
+    fn a_guest_that_keeps_records_has_a_disk_and_another_one_if_it_is_to() {
+        let arguments = |guest: &str, disk| {
+            let plan = VmPlan { guest: guest.to_owned(), disk, ..VmPlan::default() };
+            let arguments = plan.arguments("web");
+            let disk = arguments.into_iter().find(|argument| argument.starts_with("--disk"));
+            (disk, plan.records_disk("web"))
+        };
+        let (usual, region) = (Some("--disk=data:1M".to_owned()), Some("web/data".to_owned()));
+        assert_eq!(arguments(RECORDS, None), (usual, region.clone()));
+        let large = Some("--disk=data:4M".to_owned());
+        assert_eq!(arguments(RECORDS, Some(ByteSize(4 << 20))), (large.clone(), region));
+        assert_eq!(arguments("counter", Some(ByteSize(4 << 20))), (large, None));
+        assert_eq!(arguments("counter", None), (None, None));
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! {
 //!   "vms": [
 //!     {"guest": "counter", "medium": "nvdimm", "priority": 1},
-//!     {"guest": "smp", "cpus": 2, "memory": "16M", "snapshot_every": "200ms", "max_snapshots": 4}
+//!     {"guest": "smp", "cpus": 2, "memory": "16M", "snapshot_every": "200ms", "max_snapshots": 4},
+//!     {"guest": "records", "cmdline": "hz=500 flush=4", "disk": "4M"}
 //!   ],
 //!   "outages": [
 //!     {"at": "300ms", "holdup": "100ms", "cut": "never", "back": "4ms"},
@@ -17,7 +18,7 @@
 //! ```
 //!
 //! * `vms`: see [`VmPlan`]; each field may be left out. They share a machine, its supply and its pool. Those with the highest `priority` are
-//!   warned first, and others when these are frozen.
+//!   warned first, and others when these are frozen. `disk` is the size of a disk of the pool; what `records` was told to be durable must be on it.
 //! * `outages`, in their order, `repeat` times over. Each field may be left out:
 //!   `at` (a time from the guest's first output, a span as in `5ms..200ms` to draw it from, or `random`: `20ms..1s`; default `random`), `holdup` (a time or `none`; default `16ms`), `cut` (as `--cut`:
 //!   `after-holdup`, a point, `random`, `unannounced`, `never`), `flaps` (so many signals before, after each of which the power comes back), `back`
@@ -169,7 +170,7 @@ mod tests {
             .map(|line| line.trim_start_matches("//!"))
             .collect();
         let scenario = Scenario::parse(&text).unwrap();
-        assert_eq!((scenario.vms.len(), scenario.outages.len(), scenario.repeat), (2, 4, 10));
+        assert_eq!((scenario.vms.len(), scenario.outages.len(), scenario.repeat), (3, 4, 10));
         assert_eq!(scenario.vms[0].priority, 1);
         assert_eq!(scenario.outages[0].cut, Cut::Never);
         assert_eq!(scenario.outages[1].again.len(), 2);

@@ -14,11 +14,13 @@ use super::damage::listed;
 use super::ground::Ground;
 use super::interrupt::Interrupt;
 use super::life::{Doom, Life, was_cut};
-use super::plan::{Drawn, DrawnCut, VmPlan};
+use super::plan::{Drawn, DrawnCut, RECORDS, VmPlan};
 use super::report::OutageReport;
+use super::ring::Records;
 use super::subject::{PATIENCE, Subject, Way};
 use super::warning::{Warning, power_back};
 use crate::machine::config::Kernel;
+use crate::machine::config::disks::DiskConfig;
 use crate::machine::time::nanoseconds;
 
 /// How long a point is waited for that a process is to cut itself off at.
@@ -44,7 +46,7 @@ pub(super) struct Simulation {
 
 /// Whether what a guest prints can be recomputed.
 fn keeps_chain(guest: &str) -> bool {
-    matches!(guest, "counter" | "smp")
+    matches!(guest, "counter" | "smp" | RECORDS)
 }
 
 fn now_ms() -> u64 {
@@ -68,7 +70,8 @@ impl Simulation {
             let name = if vms.len() == 1 { plan.guest.clone() } else { format!("{}-{}", plan.guest, index + 1) };
             let run = plan.arguments(&name);
             let chained = keeps_chain(&plan.guest);
-            Subject { priority: plan.priority, chained, ..Subject::new(name, run) }
+            let records = Records::on(plan.records_disk(&name));
+            Subject { priority: plan.priority, chained, records, ..Subject::new(name, run) }
         };
         let subjects = vms.iter().enumerate().map(subject).collect();
         Ok(Self { subjects, ground, interrupt, known: Vec::new(), broken: false })
@@ -86,6 +89,12 @@ impl Simulation {
             Kernel::Guest(guest) => keeps_chain(guest),
             _ => false,
         };
+        if let (Kernel::Guest(guest), Some(DiskConfig::Pool { name: disk, .. })) =
+            (&config.kernel, config.disks.first())
+            && guest == RECORDS
+        {
+            subject.records = Records::on(Some(format!("{name}/{disk}")));
+        }
         // Of a guest that was booted before, the beginning of its chain is not known.
         subject.chained = guest && subject.way(&ground.pool())? == Way::Boot;
         // Regions of other VMs are not in the copy.
@@ -144,6 +153,7 @@ impl Simulation {
         for subject in &mut self.subjects {
             subject.life = None;
             subject.medium.clear();
+            subject.records.forget();
         }
         let system = |source| OutageError::System { doing: "empty the simulator's pool", source };
         std::fs::remove_dir_all(&pool).and_then(|()| std::fs::create_dir(&pool)).map_err(system)?;
@@ -157,12 +167,15 @@ impl Simulation {
         self.live(drawn)?;
         let dark = self.power_goes(drawn)?;
         let mut loss = Loss::default();
-        let aftermath = match dark.after {
+        let mut aftermath = match dark.after {
             Some(_) => self.come_back(drawn, next, &mut loss)?,
             None => Vec::new(),
         };
         let mut vms = Vec::new();
         let pool = self.pool();
+        for (subject, aftermath) in self.subjects.iter_mut().zip(&mut aftermath) {
+            aftermath.problems.extend(subject.watch_records(&pool));
+        }
         for (index, subject) in self.subjects.iter_mut().enumerate() {
             let answered = dark.answers.iter().rfind(|answered| answered.vm == index);
             vms.push(match aftermath.get(index) {
@@ -331,11 +344,17 @@ impl Simulation {
         let (pool, record) = (self.pool(), self.ground.record());
         let mut aftermath: Vec<Aftermath> = Vec::new();
         for attempt in 0..ATTEMPTS {
-            self.bury()?;
+            let wrong = self.bury()?;
             let lost = self.ground.lose(drawn.loss_seed.wrapping_add(attempt as u64))?;
             loss.lost += lost.lost;
             loss.lost_names += lost.lost_names;
             let ways = self.survivors(drawn, &mut aftermath)?;
+            aftermath.iter_mut().zip(wrong).for_each(|(aftermath, wrong)| aftermath.problems.extend(wrong));
+            for ((subject, way), aftermath) in self.subjects.iter().zip(&ways).zip(&mut aftermath) {
+                if !matches!(way, Way::Recover(_)) {
+                    aftermath.problems.extend(subject.records.survived(&pool));
+                }
+            }
             let again = drawn.again.get(attempt).copied();
             let doom = match again {
                 Some(cut_at) => Doom { cut_at: Some(cut_at), fault: None },
@@ -387,15 +406,16 @@ impl Simulation {
         Ok(ways)
     }
 
-    /// What processes left goes into the transcripts.
-    fn bury(&mut self) -> Result<(), OutageError> {
+    /// What processes left goes into the transcripts. What is wrong with what each said of its disk.
+    fn bury(&mut self) -> Result<Vec<Option<String>>, OutageError> {
         self.cut_all();
-        for subject in &mut self.subjects {
-            if let Some(life) = subject.life.take() {
-                subject.transcript.push(&life.end()?);
-            }
-        }
-        Ok(())
+        let bury = |subject: &mut Subject| {
+            let Some(life) = subject.life.take() else { return Ok(None) };
+            let printed = life.end()?;
+            subject.transcript.push(&printed);
+            Ok(subject.records.bury(&printed))
+        };
+        self.subjects.iter_mut().map(bury).collect()
     }
 
     /// Waits until all VMs run. Whether one was cut off where it was to be, so that all must begin anew.

@@ -10,6 +10,7 @@ use super::OutageError;
 use super::interrupt::Interrupt;
 use super::judge::Transcript;
 use super::life::{Doom, Life, was_cut};
+use super::ring::Records;
 use crate::persistence::generations::{self, family};
 use crate::persistence::recovery::{Doubt, assess};
 use crate::persistence::regions::{RegionsError, VmRegions};
@@ -54,6 +55,8 @@ pub(super) struct Subject {
     pub(super) medium: String,
     pub(super) life: Option<Life>,
     pub(super) transcript: Transcript,
+    /// What it has on its disk, if that can be told.
+    pub(super) records: Records,
     /// How often it may have gone back since it was booted.
     pub(super) rewinds: usize,
     pub(super) booted: Instant,
@@ -76,6 +79,7 @@ impl Subject {
             medium: String::new(),
             life: None,
             transcript: Transcript::default(),
+            records: Records::default(),
             rewinds: 0,
             booted: Instant::now(),
             told_generation: 0,
@@ -127,6 +131,7 @@ impl Subject {
             }
             Way::Recover(_) => {
                 self.rewinds += 1;
+                self.records.go_back();
                 &resume[..]
             }
             Way::Resume(_) => &resume[..],
@@ -164,6 +169,12 @@ impl Subject {
             return Err(OutageError::Hangs { name, words });
         }
         Ok(if chained { life.first_output().filter(|_| up) } else { answered })
+    }
+
+    /// What is wrong with its disk, as it runs.
+    pub(super) fn watch_records(&mut self, pool: &Path) -> Option<String> {
+        let life = self.life.as_ref();
+        self.records.watch(pool, || life.map(Life::text).unwrap_or_default())
     }
 
     /// Learns which generations it says are durable.

@@ -167,7 +167,7 @@ fn needs(guest: &str) -> Vec<&'static str> {
         "counter" => vec!["msr", "interrupt", "sse_move"],
         "echo" => vec!["interrupt"],
         "memwalk" | "pages" => vec!["string", "cpl3", "cpl3_fault"],
-        "smp" => vec!["lapic", "interrupt", "string"],
+        "smp" | "records" => vec!["lapic", "interrupt", "string"],
         _ => Vec::new(),
     }
 }
