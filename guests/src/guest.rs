@@ -72,6 +72,7 @@ const RECORDS: &[Parameter] = &[
     parameter("count", "0", "records to write before powering off; 0 goes on forever"),
     parameter("flush", "1", "records from one flush to the next, 1 to an eighth of those that the disk holds"),
     parameter("hz", "100", "records a second at most, 19 to 10000; 0: as fast as they go"),
+    parameter("on", "disk", "what they are written to: disk, or pmem (persistent memory); the first that there is"),
     parameter("size", "4096", "bytes of a record, whole sectors of 512, 512 to 4096"),
     parameter(
         "verify",
@@ -100,7 +101,7 @@ const ROWS: &[Row] = &[
     ),
     (
         "records",
-        "appends records to the first disk (--disk) and tells of each when it is durable",
+        "appends records to a disk (--disk) or persistent memory (--pmem) and tells of each when it is durable",
         images::records,
         RECORDS,
     ),

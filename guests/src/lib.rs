@@ -17,7 +17,7 @@
 //! | `echo` | gives back serial input line by line | [`echo`] |
 //! | `memwalk` | touches a working set, at CPL3 | [`walk`] |
 //! | `pages` | touches the pages of a list that the host gives it, at CPL3 | [`pages`] |
-//! | `records` | appends records to a disk, and says when they are durable | [`records`], the disk's bytes included |
+//! | `records` | appends records to a disk or persistent memory, and says when they are durable | [`records`], the disk's bytes included |
 //! | `smp` | processors take turns | [`turns`] |
 //! | `probe` | tries what a KVM can run | [`probe`] |
 //! | `boot` | prints `boot`, reports 1, rests without a timer | |

@@ -12,7 +12,7 @@
 //!
 //! # Devices
 //! In-kernel PIC, IOAPIC, local APICs and PIT, and the ports below. Lines end in `\n` alone. `records` looks for a virtio-mmio block
-//! device in the [`VIRTIO_WINDOWS`] pages from [`VIRTIO_MMIO`] on; its interrupt may be any pin of the IOAPIC from 5 to 22.
+//! device, or persistent memory (from 4 GiB on, at the beginning of a GiB), in the [`VIRTIO_WINDOWS`] pages from [`VIRTIO_MMIO`] on; its interrupt may be any pin of the IOAPIC from 5 to 22.
 
 /// Physical address at which every image is linked and loaded.
 pub const LOAD_ADDRESS: u64 = 0x10_0000;

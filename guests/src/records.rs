@@ -2,13 +2,13 @@
 //!
 //! # Output
 //! ```text
-//! records count=<n> flush=<n> hz=<n> size=<bytes> verify=<0|1>
-//! slots <n> found <n> <hash, 16 hexadecimal digits>     records that the disk holds; the last one that is there, durably
+//! records count=<n> flush=<n> hz=<n> on=<disk|pmem> size=<bytes> verify=<0|1>
+//! slots <n> found <n> <hash, 16 hexadecimal digits>     records that the disk (or persistent memory) holds; the last one that is there, durably
 //! record <n> <hash>              each `flush`-th: it and all before it are durable, a flush says so
 //! done <n> <hash>                after record `count`, flushed, then the machine powers off
 //! ```
 //! or `chain broken at record <n> <what> <16 hexadecimal digits>` and an end with code 1, `what` being `its slot holds` (another
-//! record's number, or 0 for none), `hash` (it is not that of the chain), or `disk status` (the disk refused a request).
+//! record's number, or 0 for none), `hash` (it is not that of the chain), or `device status` (it refused a request).
 //!
 //! # On the disk
 //! Record n lies in slot (n - 1) mod `slots`, `size` bytes each from the disk's first on. Its hash is h(n) = fold(h(n - 1), n), with
@@ -215,9 +215,16 @@ pub(crate) fn due(
     let banner = Banner::parse(GUEST, output)?;
     let (_, found) = second_line(output)?;
     let count = banner.number("count", MAX_RECORDS)?;
+    let on = match banner.word("on") {
+        on @ ("disk" | "pmem") => on,
+        other => {
+            let value = other.chars().take(40).collect();
+            return Err(BannerError::Parameter { guest: GUEST, key: "on", value, limit: 0 }.into());
+        }
+    };
     let [hz, size, verify] =
         [("hz", u64::MAX), ("size", u64::MAX), ("verify", u64::MAX)].map(|(key, limit)| banner.number(key, limit));
-    let first = format!("{GUEST} count={count} flush={flush} hz={} size={} verify={}", hz?, size?, verify?);
+    let first = format!("{GUEST} count={count} flush={flush} hz={} on={on} size={} verify={}", hz?, size?, verify?);
     let hash = hash_of(found);
     let second = format!("slots {slots} found {found} {hash:016x}");
     let lines = [first, second].into_iter().chain(Appended { number: found, hash, flush, count, done: false });

@@ -1,4 +1,4 @@
-//! Disks that a guest drives: `records` appends to one, and says what a flush has made durable. It must be there after an outage, and what is not must
+//! Disks, and persistent memory, that a guest drives: `records` appends to one, and says what a flush has made durable. It must be there after an outage, and what is not must
 //! be found out, by the guest and by the host.
 
 use std::fs::OpenOptions;
@@ -124,6 +124,7 @@ fn what_a_flush_made_durable_is_on_the_disk_after_any_outage() {
         };
         let flushes = json!({"cmdline": "hz=0 flush=8", "snapshot_every": "30ms"});
         let report = scenario(&Perdure::new(), &vm(flushes), SOME);
+        scenario(&Perdure::new(), &vm(json!({"cmdline": "hz=0 on=pmem", "snapshot_every": "0s"})), SOME);
         let from = |report: &Value, outage: usize| report["outages"][outage]["vms"][0]["went_on"]["from"].clone();
         assert_eq!(from(&report, 3), "generation", "{report:#}");
         // What its disk has is not lost even then.

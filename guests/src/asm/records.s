@@ -1,7 +1,7 @@
-# records: appends records to a disk, each a link of a chain of hashes, and says so when a flush has made them durable.
+# records: appends records to a disk or to persistent memory, each a link of a chain of hashes, and says so when a flush has made them durable.
 # What a record is and what is printed is defined in `records.rs`; the two must agree to the bit.
 #
-# Registers that live across the whole run: r12 the disk's window, r13 slots of the ring, r14 number of the last record
+# Registers that live across the whole run: r12 the device's window, r13 slots of the ring, r14 number of the last record
 # written, r15 its hash. Interrupts are on while it waits, and not else.
 
 .set RECORDS_WINDOWS,   0xd0000000          # virtio-mmio (virtio 1.2, section 4.2), a page each
@@ -23,6 +23,8 @@
 .set RECORDS_TABLE,     FREE                # for each slot what is known to be there: number (0: it is not known), hash
 .set RECORDS_SLOTS_MAX, 65536
 
+.set RECORDS_PD,        SCRATCH + 0x4000     # page directory of the GiB that persistent memory begins
+
     guest_begin records
 
 records_entry:
@@ -38,8 +40,8 @@ records_entry:
     call records_linux_cmdline
     call records_read_parameters
     pop %rbx
-    call records_find_disk
-    call records_begin_disk
+    call records_find_device
+    call records_begin_device
     call records_lay_out
     call records_begin_interrupts
     call records_scan
@@ -67,7 +69,7 @@ records_next:
     call records_slot_sector
     mov $RECORDS_OUT, %edi
     mov $1, %eax
-    call records_request
+    call records_transfer
     call records_slot_row
     mov %r14, (%rsi)
     mov %r15, 8(%rsi)
@@ -204,7 +206,7 @@ records_verify_slot:
     call records_slot_sector
     mov $RECORDS_IN, %edi
     xor %eax, %eax
-    call records_request
+    call records_transfer
     call records_examine
     pop %rsi
     mov (%rsi), %rbx
@@ -224,13 +226,33 @@ records_make_durable:
     xor %edx, %edx
     jmp records_request
 
-# Asks the disk: eax 0 read, 1 write, 4 flush; rdx the first sector, edi the memory of a record. Waits for the answer.
+# Reads (eax 0) or writes (1) a record: rdx the first sector, edi the memory of a record. Clobbers rax, rcx, rdx, rsi, rdi.
+records_transfer:
+    cmpq $0, records_on(%rip)
+    je records_request
+    shl $9, %rdx                        # persistent memory: loads and stores
+    add records_pmem(%rip), %rdx
+    mov %rdi, %rsi
+    test %eax, %eax
+    jz 1f
+    mov %rdx, %rdi
+    jmp 2f
+1:  mov %rdx, %rsi
+2:  mov records_sectors(%rip), %rcx
+    shl $6, %rcx
+    rep movsq
+    ret
+
+# Asks the device: eax 0 read, 1 write, 4 flush; rdx the first sector, edi the memory of a record. Waits for the answer.
 # Clobbers rax, rcx, rdx.
 records_request:
     mov %eax, RECORDS_HEADER
     movl $0, RECORDS_HEADER + 4
     mov %rdx, RECORDS_HEADER + 8
-    movb $0xff, RECORDS_STATUS
+    cmpq $0, records_on(%rip)
+    je 5f
+    movl $0, RECORDS_HEADER             # a flush is VIRTIO_PMEM_REQ_TYPE_FLUSH
+5:  movl $0xff, RECORDS_STATUS          # a disk answers with one byte, persistent memory with four
     mov %edi, RECORDS_DESC + 16
     mov records_sectors(%rip), %rcx
     shl $9, %ecx
@@ -256,7 +278,7 @@ records_request:
     sti
     hlt
     jmp 3b
-4:  movzbl RECORDS_STATUS, %eax
+4:  mov RECORDS_STATUS, %eax
     test %eax, %eax
     jnz records_refused
     ret
@@ -281,20 +303,24 @@ records_broken:
     mov $1, %al
     jmp records_debug_exit
 
-# The window of the first disk there is, into r12.
-records_find_disk:
+# The window of the first disk (or, with on=pmem, persistent memory) that there is, into r12.
+records_find_device:
+    mov $2, %ebp
+    mov $27, %eax
+    cmpq $0, records_on(%rip)
+    cmovne %eax, %ebp
     mov $RECORDS_WINDOWS, %r12d
     mov $RECORDS_WINDOWS_N, %ecx
 1:  cmpl $0x74726976, (%r12)            # "virt"
     jne 2f
     cmpl $2, 4(%r12)                    # version
     jne 2f
-    cmpl $2, 8(%r12)                    # a block device
+    cmp %ebp, 8(%r12)
     je 3f
 2:  add $RECORDS_WINDOW, %r12
     dec %ecx
     jnz 1b
-    lea records_text_no_disk(%rip), %rsi
+    lea records_text_no_device(%rip), %rsi
     jmp records_usage
 3:  ret
 
@@ -303,8 +329,9 @@ records_usage:
     mov $2, %al
     jmp records_debug_exit
 
-# The handshake of virtio 1.2, sections 3.1 and 4.2.3: flushes and nothing else, one queue.
-records_begin_disk:
+# The handshake of virtio 1.2, sections 3.1 and 4.2.3: flushes and nothing else, one queue. The device's size into records_capacity, in
+# sectors.
+records_begin_device:
     mov $SCRATCH, %edi
     xor %eax, %eax
     mov $0x400, %ecx
@@ -312,18 +339,26 @@ records_begin_disk:
     movl $RECORDS_HEADER, RECORDS_DESC
     movl $16, RECORDS_DESC + 8
     movw $1, RECORDS_DESC + 12          # the next one is 1 or 2
-    movw $2, RECORDS_DESC + 16 + 14
-    movl $RECORDS_STATUS, RECORDS_DESC + 32
     movl $1, RECORDS_DESC + 40
+    mov $0x200, %ebp                    # VIRTIO_BLK_F_FLUSH
+    cmpq $0, records_on(%rip)
+    je 2f
+    movl $4, RECORDS_DESC + 8
+    movl $4, RECORDS_DESC + 40
+    xor %ebp, %ebp
+2:    movw $2, RECORDS_DESC + 16 + 14
+    movl $RECORDS_STATUS, RECORDS_DESC + 32
     movw $2, RECORDS_DESC + 44          # to be written by the disk
     movl $0, 0x70(%r12)                 # reset, ACKNOWLEDGE, DRIVER
     movl $1, 0x70(%r12)
     movl $3, 0x70(%r12)
     movl $0, 0x14(%r12)
-    testl $0x200, 0x10(%r12)            # VIRTIO_BLK_F_FLUSH
-    jz 1f
+    mov 0x10(%r12), %eax
+    and %ebp, %eax
+    cmp %ebp, %eax
+    jne 1f
     movl $0, 0x24(%r12)
-    movl $0x200, 0x20(%r12)
+    mov %ebp, 0x20(%r12)
     movl $1, 0x24(%r12)
     movl $1, 0x20(%r12)                 # VIRTIO_F_VERSION_1
     movl $11, 0x70(%r12)                # FEATURES_OK
@@ -339,9 +374,55 @@ records_begin_disk:
     movl $0, 0xa4(%r12)
     movl $1, 0x44(%r12)
     movl $15, 0x70(%r12)                # DRIVER_OK
-    ret
+    xor %edi, %edi
+    call records_config
+    mov %rax, records_capacity(%rip)
+    cmpq $0, records_on(%rip)
+    je 3f
+    mov %rax, records_pmem(%rip)
+    mov %rax, %rdx                      # at the beginning of a GiB, from the fifth to the 512th
+    shr $30, %rdx
+    sub $4, %rdx
+    cmp $508, %rdx
+    jae 1f
+    test $0x3fffffff, %eax
+    jnz 1f
+    mov $8, %edi
+    call records_config
+    shr $9, %rax
+    mov $1 << 21, %ecx                  # one GiB of it is mapped
+    cmp %rcx, %rax
+    cmova %rcx, %rax
+    mov %rax, records_capacity(%rip)
+    call records_map_pmem
+3:  ret
 1:  lea records_text_unusable(%rip), %rsi
     jmp records_usage
+
+# The 64 bits at rdi of the device's configuration, into rax. Clobbers rdx.
+records_config:
+    mov 0x104(%r12,%rdi), %eax
+    shl $32, %rax
+    mov 0x100(%r12,%rdi), %edx
+    or %rdx, %rax
+    ret
+
+# The GiB at records_pmem, at the same addresses, in pages of 2 MiB.
+records_map_pmem:
+    mov records_pmem(%rip), %rax
+    mov %rax, %rdx
+    shr $30, %rdx
+    lea records_pdpt(%rip), %rdi
+    movq $(RECORDS_PD + 3), (%rdi,%rdx,8)
+    or $0x83, %rax
+    mov $RECORDS_PD, %edi
+    mov $512, %ecx
+1:  mov %rax, (%rdi)
+    add $0x200000, %rax
+    add $8, %rdi
+    dec %ecx
+    jnz 1b
+    ret
 
 # How many slots there are, into r13, and a table of them, of which nothing is known. rbx = boot_params.
 records_lay_out:
@@ -352,10 +433,7 @@ records_lay_out:
     cmp $7, %rdx
     ja 4f
     mov %rax, %rcx
-    mov 0x104(%r12), %eax               # capacity, in sectors
-    shl $32, %rax
-    mov 0x100(%r12), %edx
-    or %rdx, %rax
+    mov records_capacity(%rip), %rax
     xor %edx, %edx
     div %rcx
     mov $RECORDS_SLOTS_MAX, %ecx
@@ -443,7 +521,7 @@ records_scan:
 1:  call records_slot_sector
     mov $RECORDS_IN, %edi
     xor %eax, %eax
-    call records_request
+    call records_transfer
     call records_examine
     test %r10, %r10
     jz 2f
@@ -570,18 +648,25 @@ records_seed:       .quad 0x70657264757265
 records_multiplier: .quad 0x517cc1b727220a95
 records_magic:      .quad 0x64726f6365723a70    # "p:record"
 records_sectors:    .quad 0                     # of a record
+records_capacity:   .quad 0                     # of the device, in sectors
+records_pmem:       .quad 0                     # its address, where it is persistent memory
 records_ticks:      .quad 0                     # by the interrupt handler
 records_done:       .quad 0                     # of them, waited for
 records_parameters:
     parameter records, count, 0
     parameter records, flush, 1
     parameter records, hz, 100
+    parameter records, on, 0, records_on_names
     parameter records, size, 4096
     parameter records, verify, 1
     parameters_end
-  .irp key, count, flush, hz, size, verify
+  .irp key, count, flush, hz, on, size, verify
     parameter_key records, \key
   .endr
+records_on_names:
+    .asciz "disk"
+    .asciz "pmem"
+    .byte 0
 records_name:          .asciz "records"
 records_text_slots:    .asciz "slots "
 records_text_found:    .asciz " found "
@@ -590,9 +675,9 @@ records_text_done:     .asciz "done "
 records_text_broken:   .asciz "chain broken at record "
 records_text_holds:    .asciz " its slot holds "
 records_text_hash:     .asciz " hash "
-records_text_refused:  .asciz " disk status "
-records_text_no_disk:  .asciz "no disk: give one with --disk\n"
-records_text_unusable: .asciz "the disk cannot be used: it has no flush, or refuses what is asked of it\n"
+records_text_refused:  .asciz " device status "
+records_text_no_device: .asciz "nothing to write to: give a disk with --disk, or with on=pmem persistent memory with --pmem\n"
+records_text_unusable: .asciz "the device cannot be used: it has no flush, refuses what is asked of it, or lies where it cannot be mapped\n"
 records_text_no_room:  .asciz "size= is not 512 to 4096, flush= not 1 to an eighth of the slots, or memory is too small\n"
 
     guest_end records

@@ -57,7 +57,7 @@ fn a_way_back_verifies_in_lives_only() {
 
 #[test]
 fn forged_first_lines_are_refused() {
-    let lines = |first: &str, second: &str| format!("records count=0 {first} hz=1 verify=1\n{second}\n");
+    let lines = |first: &str, second: &str| format!("records count=0 {first} hz=1 on=disk verify=1\n{second}\n");
     let right = "flush=2 size=512";
     let slots = "slots 16 found 0 0070657264757265";
     assert!(Judge::of(&lines(right, slots)).unwrap().is_ok());
@@ -74,6 +74,8 @@ fn forged_first_lines_are_refused() {
     ] {
         assert!(matches!(Judge::of(&lines(first, second)), Some(Err(ChainError::Banner(_)))), "{first} {second}");
     }
+    let elsewhere = lines(right, slots).replace("on=disk", "on=tape");
+    assert!(matches!(Judge::of(&elsewhere), Some(Err(ChainError::Banner(_)))));
     assert!(matches!(Judge::of("records count=0\n"), Some(Err(_))), "its second line is missing");
 }
 

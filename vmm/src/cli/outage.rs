@@ -41,7 +41,7 @@ enum What {
 #[derive(Debug, clap::Args)]
 struct RunArgs {
     /// A copy of this VM, which must not run; without a name: a new one with an embedded guest
-    #[arg(conflicts_with_all = ["guest", "cmdline", "memory", "cpus", "medium", "disk", "snapshot_every", "max_snapshots", "budget"])]
+    #[arg(conflicts_with_all = ["guest", "cmdline", "memory", "cpus", "medium", "disk", "pmem", "snapshot_every", "max_snapshots", "budget"])]
     name: Option<String>,
     /// An embedded guest [default: counter]
     #[arg(long, value_name = "GUEST")]
@@ -61,6 +61,9 @@ struct RunArgs {
     /// A disk of the pool, as in 4M; the guest records, whose disk is read after each cut, has one of 1M without this
     #[arg(long, value_name = "SIZE")]
     disk: Option<ByteSize>,
+    /// Persistent memory of the pool, as in 4M; the guest records with --cmdline on=pmem has some of 2M without this
+    #[arg(long, value_name = "SIZE")]
+    pmem: Option<ByteSize>,
     /// How often it takes a generation, to go on from when a freeze does not fit into the hold-up; 0s: never
     #[arg(long, value_name = "TIME", default_value = "250ms")]
     snapshot_every: String,
@@ -102,11 +105,11 @@ struct RunArgs {
     ///
     /// As in {"vms": [{"guest": "counter", "medium": "nvdimm", "priority": 1}, {"guest": "smp", "cpus": 2}], "outages": [{"at": "300ms",
     /// "holdup": "100ms", "cut": "never", "back": "4ms"}, {"cut": "freeze.context+2", "again": ["resume.clear+1"]}, {"flaps": 5}, {"fault":
-    /// "io-error@freeze.persist"}], "repeat": 10}. VMs: guest, cmdline, cpus, memory, medium, disk (its size), snapshot_every, max_snapshots, priority (the highest are
+    /// "io-error@freeze.persist"}], "repeat": 10}. VMs: guest, cmdline, cpus, memory, medium, disk and pmem (their sizes), snapshot_every, max_snapshots, priority (the highest are
     /// warned first). Outages: at, holdup, cut, flaps (signals before it, after each of which the power comes back), back (when it does), again
     /// (where the VM is cut off on its way back, one for each attempt), fault, damage,
     /// fresh (all VMs are made anew before it).
-    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["name", "guest", "cmdline", "memory", "cpus", "medium", "disk", "snapshot_every", "max_snapshots", "at", "holdup", "budget", "cut", "fault", "damage", "repeat"])]
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["name", "guest", "cmdline", "memory", "cpus", "medium", "disk", "pmem", "snapshot_every", "max_snapshots", "at", "holdup", "budget", "cut", "fault", "damage", "repeat"])]
     scenario: Option<PathBuf>,
     /// Write a page about it: a time line of each outage, and distributions
     #[arg(long, value_name = "FILE.html")]
@@ -125,6 +128,7 @@ impl RunArgs {
             memory: self.memory,
             medium: self.medium,
             disk: self.disk,
+            pmem: self.pmem,
             snapshot_every: Some(self.snapshot_every.clone()),
             max_snapshots: self.max_snapshots,
             holdup: self.holdup.0.filter(|_| self.budget).map(|holdup| humantime::format_duration(holdup).to_string()),

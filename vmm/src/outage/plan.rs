@@ -11,6 +11,8 @@ use vfs::cut::point::{CutAt, Fault, NoSuchPoint, Point};
 
 use super::damage::Damage;
 use crate::machine::config::ByteSize;
+use crate::machine::config::disks::MIN_DISK;
+use crate::machine::config::pmem::PMEM_UNIT;
 
 /// Without a hold-up, a cut at random comes so long after the signal at most: as long as most freezes take, and as long again.
 const CUT_AT_RANDOM: Duration = Duration::from_millis(40);
@@ -317,6 +319,8 @@ pub struct VmPlan {
     pub medium: Option<MediumKind>,
     /// A disk of the pool of this size, `data`; none if not given, but for the guest `records`, which needs one.
     pub disk: Option<ByteSize>,
+    /// The same for persistent memory, `log`, which `records` needs with `on=pmem`.
+    pub pmem: Option<ByteSize>,
     /// Take a generation each time this has passed, as in `200ms`; none if not given.
     pub snapshot_every: Option<String>,
     /// Generations that stay at most.
@@ -336,6 +340,7 @@ impl Default for VmPlan {
             memory: ByteSize(16 << 20),
             medium: None,
             disk: None,
+            pmem: None,
             snapshot_every: Some("250ms".to_owned()),
             max_snapshots: None,
             holdup: None,
@@ -348,17 +353,34 @@ impl Default for VmPlan {
 pub(super) const RECORDS: &str = "records";
 /// The disk of a VM of the simulator's own.
 const DISK: &str = "data";
-/// That of `records`: more than one lap of it between most outages.
-const RECORDS_DISK: ByteSize = ByteSize(1 << 20);
+/// And its persistent memory.
+const PMEM: &str = "log";
+/// Those of `records`, as small as they can be: so it goes round soon.
+const RECORDS_DISK: ByteSize = MIN_DISK;
+const RECORDS_PMEM: ByteSize = PMEM_UNIT;
+
+/// Whether `records` writes to persistent memory with this command line.
+pub(super) fn is_on_pmem(cmdline: &str) -> bool {
+    cmdline.split(' ').rfind(|word| word.starts_with("on=")) == Some("on=pmem")
+}
 
 impl VmPlan {
-    fn disk(&self) -> Option<ByteSize> {
-        self.disk.or((self.guest == RECORDS).then_some(RECORDS_DISK))
+    /// Its disk and its persistent memory.
+    fn storage(&self) -> (Option<ByteSize>, Option<ByteSize>) {
+        let on = self.records_on();
+        let needed = |name, size| (on == Some(name)).then_some(size);
+        (self.disk.or(needed(DISK, RECORDS_DISK)), self.pmem.or(needed(PMEM, RECORDS_PMEM)))
+    }
+
+    /// What its guest keeps records on, if it does.
+    fn records_on(&self) -> Option<&'static str> {
+        let on = if self.cmdline.as_deref().is_some_and(is_on_pmem) { PMEM } else { DISK };
+        (self.guest == RECORDS).then_some(on)
     }
 
     /// The region of the VM `name` that its guest keeps records on.
-    pub(super) fn records_disk(&self, name: &str) -> Option<String> {
-        (self.guest == RECORDS).then(|| format!("{name}/{DISK}"))
+    pub(super) fn records_region(&self, name: &str) -> Option<String> {
+        self.records_on().map(|on| format!("{name}/{on}"))
     }
 
     /// The arguments of `perdure run`.
@@ -376,7 +398,9 @@ impl VmPlan {
         arguments.push(format!("--memory={}", self.memory.0));
         arguments.push("--serial=stdio".to_owned());
         arguments.extend(self.medium.map(|medium| format!("--medium={medium}")));
-        arguments.extend(self.disk().map(|size| format!("--disk={DISK}:{}", size)));
+        let (disk, pmem) = self.storage();
+        arguments.extend(disk.map(|size| format!("--disk={DISK}:{size}")));
+        arguments.extend(pmem.map(|size| format!("--pmem={PMEM}:{size}")));
         arguments.extend(self.snapshot_every.as_ref().map(|every| format!("--snapshot-every={every}")));
         arguments.extend(self.holdup.as_ref().map(|holdup| format!("--holdup={holdup}")));
         if let Some(most) = self.max_snapshots {
@@ -429,19 +453,22 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_keeps_records_has_a_disk_and_another_one_if_it_is_to() {
-        let arguments = |guest: &str, disk| {
-            let plan = VmPlan { guest: guest.to_owned(), disk, ..VmPlan::default() };
+    fn a_guest_that_keeps_records_has_what_it_keeps_them_on_and_another_one_if_it_is_to() {
+        let of = |guest: &str, cmdline: Option<&str>, disk, pmem| {
+            let (guest, cmdline) = (guest.to_owned(), cmdline.map(str::to_owned));
+            let plan = VmPlan { guest, cmdline, disk, pmem, ..VmPlan::default() };
             let arguments = plan.arguments("web");
-            let disk = arguments.into_iter().find(|argument| argument.starts_with("--disk"));
-            (disk, plan.records_disk("web"))
+            let storage = arguments.into_iter().filter(|one| one.starts_with("--disk") || one.starts_with("--pmem"));
+            (storage.collect::<Vec<_>>().join(" "), plan.records_region("web"))
         };
-        let (usual, region) = (Some("--disk=data:1M".to_owned()), Some("web/data".to_owned()));
-        assert_eq!(arguments(RECORDS, None), (usual, region.clone()));
-        let large = Some("--disk=data:4M".to_owned());
-        assert_eq!(arguments(RECORDS, Some(ByteSize(4 << 20))), (large.clone(), region));
-        assert_eq!(arguments("counter", Some(ByteSize(4 << 20))), (large, None));
-        assert_eq!(arguments("counter", None), (None, None));
+        let on = |storage: &str, region: &str| (storage.to_owned(), Some(region.to_owned()));
+        let large = Some(ByteSize(4 << 20));
+        assert_eq!(of(RECORDS, None, None, None), on("--disk=data:1M", "web/data"));
+        assert_eq!(of(RECORDS, None, large, None), on("--disk=data:4M", "web/data"));
+        assert_eq!(of(RECORDS, Some("on=disk on=pmem hz=9"), None, None), on("--pmem=log:2M", "web/log"));
+        assert_eq!(of(RECORDS, Some("on=pmem"), large, large), on("--disk=data:4M --pmem=log:4M", "web/log"));
+        assert_eq!(of("counter", Some("on=pmem"), None, None), (String::new(), None));
+        assert_eq!(of("counter", None, large, None), ("--disk=data:4M".to_owned(), None));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! What a guest that keeps records on a disk ([`guests::records`]) was told to be durable, held against the disk itself, from outside.
+//! What a guest that keeps records on a disk ([`guests::records`]) was told to be durable, held against the disk itself, from outside. Persistent memory
+//! counts as a disk here: what a flush of it covered is in its region's file, too, on each medium.
 //!
 //! What its console says is the acknowledgement. The disk is read by the host: after a cut, as it survived, before anything runs; and again as the VM
 //! runs on, for what it has not overwritten meanwhile. After a return to a generation the disk is that of the generation, and what was acknowledged
@@ -108,7 +109,7 @@ fn read(pool: &Path, region: &str, ring: &Ring) -> io::Result<records::Slots> {
 mod tests {
     use super::*;
 
-    const BEGIN: &str = "records count=0 flush=1 hz=1 size=512 verify=1\nslots 64 found 0 0070657264757265\n";
+    const BEGIN: &str = "records count=0 flush=1 hz=1 on=disk size=512 verify=1\nslots 64 found 0 0070657264757265\n";
 
     #[test]
     fn what_was_acknowledged_counts_until_a_generation_takes_its_place() {

@@ -18,7 +18,8 @@
 //! ```
 //!
 //! * `vms`: see [`VmPlan`]; each field may be left out. They share a machine, its supply and its pool. Those with the highest `priority` are
-//!   warned first, and others when these are frozen. `disk` is the size of a disk of the pool; what `records` was told to be durable must be on it.
+//!   warned first, and others when these are frozen. `disk` and `pmem` are the sizes of a disk and of persistent memory of the
+//!   pool; what `records` was told to be durable must be there.
 //! * `outages`, in their order, `repeat` times over. Each field may be left out:
 //!   `at` (a time from the guest's first output, a span as in `5ms..200ms` to draw it from, or `random`: `20ms..1s`; default `random`), `holdup` (a time or `none`; default `16ms`), `cut` (as `--cut`:
 //!   `after-holdup`, a point, `random`, `unannounced`, `never`), `flaps` (so many signals before, after each of which the power comes back), `back`

@@ -14,13 +14,13 @@ use super::damage::listed;
 use super::ground::Ground;
 use super::interrupt::Interrupt;
 use super::life::{Doom, Life, was_cut};
-use super::plan::{Drawn, DrawnCut, RECORDS, VmPlan};
+use super::plan::{Drawn, DrawnCut, RECORDS, VmPlan, is_on_pmem};
 use super::report::OutageReport;
 use super::ring::Records;
 use super::subject::{PATIENCE, Subject, Way};
 use super::warning::{Warning, power_back};
-use crate::machine::config::Kernel;
 use crate::machine::config::disks::DiskConfig;
+use crate::machine::config::{Kernel, VmConfig};
 use crate::machine::time::nanoseconds;
 
 /// How long a point is waited for that a process is to cut itself off at.
@@ -49,6 +49,19 @@ fn keeps_chain(guest: &str) -> bool {
     matches!(guest, "counter" | "smp" | RECORDS)
 }
 
+/// The region that the guest of the VM `name` keeps records on, if it does.
+fn records_region(name: &str, config: &VmConfig) -> Option<String> {
+    if !matches!(&config.kernel, Kernel::Guest(guest) if guest == RECORDS) {
+        return None;
+    }
+    let on = match (is_on_pmem(&config.cmdline), config.pmem.first(), config.disks.first()) {
+        (true, Some(pmem), _) => &pmem.name,
+        (false, _, Some(DiskConfig::Pool { name, .. })) => name,
+        _ => return None,
+    };
+    Some(format!("{name}/{on}"))
+}
+
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -70,7 +83,7 @@ impl Simulation {
             let name = if vms.len() == 1 { plan.guest.clone() } else { format!("{}-{}", plan.guest, index + 1) };
             let run = plan.arguments(&name);
             let chained = keeps_chain(&plan.guest);
-            let records = Records::on(plan.records_disk(&name));
+            let records = Records::on(plan.records_region(&name));
             Subject { priority: plan.priority, chained, records, ..Subject::new(name, run) }
         };
         let subjects = vms.iter().enumerate().map(subject).collect();
@@ -89,12 +102,7 @@ impl Simulation {
             Kernel::Guest(guest) => keeps_chain(guest),
             _ => false,
         };
-        if let (Kernel::Guest(guest), Some(DiskConfig::Pool { name: disk, .. })) =
-            (&config.kernel, config.disks.first())
-            && guest == RECORDS
-        {
-            subject.records = Records::on(Some(format!("{name}/{disk}")));
-        }
+        subject.records = Records::on(records_region(name, &config));
         // Of a guest that was booted before, the beginning of its chain is not known.
         subject.chained = guest && subject.way(&ground.pool())? == Way::Boot;
         // Regions of other VMs are not in the copy.
