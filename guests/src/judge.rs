@@ -2,7 +2,7 @@
 //! however much came before.
 
 use crate::chain::{self, ChainError, classify};
-use crate::transcript::{Extent, Transcript};
+use crate::transcript::{Difference, Extent, Transcript};
 use crate::{records, turns};
 
 /// A guest's own account of what it did.
@@ -60,7 +60,15 @@ impl Judge {
     /// # Errors
     /// The first link that was lost, doubled or altered.
     pub fn follow(&mut self, segment: &str) -> Result<(), ChainError> {
-        self.transcript.follow(segment).map_err(|difference| classify(self.unit, difference))
+        self.transcript.follow(segment).map_err(|difference| self.name(difference, segment))
+    }
+
+    /// What the guest itself says is wrong comes before what its output looks like.
+    fn name(&self, difference: Difference, segment: &str) -> ChainError {
+        match segment.lines().find(|line| line.starts_with("chain broken")) {
+            Some(line) => ChainError::Broken { line: line.to_owned() },
+            None => classify(self.unit, difference),
+        }
     }
 
     /// Judges all lives that are over, and `segment`, what it has printed so far in one that goes on.
@@ -69,7 +77,7 @@ impl Judge {
     /// As [`Judge::follow`].
     pub fn preview(&mut self, segment: &str) -> Result<Links, ChainError> {
         let extent = if segment.is_empty() { Ok(self.transcript.extent()) } else { self.transcript.preview(segment) };
-        extent.map(|extent| self.links(&extent)).map_err(|difference| classify(self.unit, difference))
+        extent.map(|extent| self.links(&extent)).map_err(|difference| self.name(difference, segment))
     }
 }
 
@@ -121,6 +129,17 @@ mod tests {
                 prop_assert!(judge.follow(last).is_err());
             }
         }
+    }
+
+    #[test]
+    fn what_the_guest_says_is_wrong_is_what_is_wrong_wherever_its_life_began() {
+        let (first, rest) = THREE.split_at(THREE.find("turn 20").unwrap());
+        let (again, _) = rest.split_at(rest.find("turn 21").unwrap());
+        let mut judge = Judge::of(first).unwrap().unwrap();
+        judge.follow(first).unwrap();
+        let broken = format!("{again}chain broken at turn 21 cpu 2\n");
+        assert!(matches!(judge.preview(&broken), Err(ChainError::Broken { .. })));
+        assert!(matches!(judge.follow(&broken[3..]), Err(ChainError::Broken { .. })));
     }
 
     #[test]

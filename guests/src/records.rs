@@ -15,9 +15,9 @@
 //! [`crate::chain::fold`]. Each of its sectors holds, in words of 8 bytes, little-endian: [`MAGIC`]; n; h(n); i, the sector's number in the record;
 //! and 60 times fold(h(n), i). So a record is whole or is none, whichever of its sectors came to the disk.
 //!
-//! Before a record is overwritten it is read: it must be the one that the guest's memory says. At its start, knowing nothing, the
+//! Before a slot is overwritten it is read: it must hold what the guest's memory says, also if that is no record. At its start, knowing nothing, the
 //! guest reads all slots. What it finds it takes to have been flushed up to the last multiple of `flush` before the greatest number; all of that must
-//! be there, as links of one chain. What follows it without a gap it takes, too, and makes durable.
+//! be there, as links of one chain, but for those whose slots twice `flush` records behind it may have been on their way to. What follows it without a gap it takes, too, and makes durable.
 
 use std::io;
 
@@ -101,6 +101,14 @@ pub enum RecordError {
         /// The one that is there.
         found: Option<u64>,
     },
+    /// There is one that cannot have been written yet.
+    #[error("the disk holds record {number}, and {written} is the last that its guest can have written")]
+    Ahead {
+        /// Its number.
+        number: u64,
+        /// See [`Ring::written_after`].
+        written: u64,
+    },
     /// It is there, and no link of the chain.
     #[error("record {number} of the disk has the hash {found:016x}, and {expected:016x} is that of the chain")]
     Altered {
@@ -171,8 +179,11 @@ impl Ring {
     /// Looks at all records up to `acknowledged` that nothing up to record `written` has taken the place of. How many these are.
     ///
     /// # Errors
-    /// [`RecordError`]: the first that is not there as it was written.
+    /// [`RecordError`]: the first that is not there as it was written, or one beyond `written`.
     pub fn verify(&self, slots: &Slots, acknowledged: u64, written: u64) -> Result<u64, RecordError> {
+        if let Some((number, _)) = slots.iter().flatten().find(|(number, _)| *number > written) {
+            return Err(RecordError::Ahead { number: *number, written });
+        }
         let first = written.saturating_sub(self.slots) + 1;
         let due = hashes().take_while(|(number, _)| *number <= acknowledged.min(MAX_RECORDS));
         let mut count = 0;

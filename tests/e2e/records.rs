@@ -104,6 +104,30 @@ fn a_guest_finds_a_bit_that_was_flipped_on_its_disk_before_it_overwrites_it_and_
 }
 
 #[test]
+fn who_begins_anew_takes_what_may_have_been_under_way_for_torn_and_nothing_else() {
+    let vm = Vm::new("web");
+    let run = |count: u64| {
+        let cmdline = format!("hz=0 flush=8 count={count}");
+        vm.start(&["--guest", "records", "--disk", "data:1M", "--cmdline", &cmdline]);
+        vm.wait_for_state("stopped");
+    };
+    // A lap and more: the disk holds 49 to 304. All may be flushed but 297 to 304, or all and 305 to 312 be on their way to the slots of 49 to 56.
+    run(304);
+    flip(&vm, 49);
+    flip(&vm, 56);
+    flip(&vm, 304);
+    let second = vm.output().len();
+    run(400);
+    assert!(vm.output().contains("slots 256 found 303 "), "{}", vm.output());
+    assert!(verify(&[&vm.output()[second..]]) == 400, "{}", vm.output());
+    // Now 152 is the last that another one, 408, can have taken the place of.
+    flip(&vm, 153);
+    run(500);
+    let output = vm.output();
+    assert!(output.ends_with("chain broken at record 153 its slot holds 0000000000000000\n"), "{output}");
+}
+
+#[test]
 fn what_a_flush_made_durable_is_on_the_disk_after_any_outage() {
     if !kernel_tells() {
         return;

@@ -20,7 +20,7 @@
 .set RECORDS_STATUS,    SCRATCH + 0x310
 .set RECORDS_OUT,       SCRATCH + 0x1000    # the record that is written
 .set RECORDS_IN,        SCRATCH + 0x2000    # and one that is read
-.set RECORDS_TABLE,     FREE                # for each slot what is known to be there: number (0: it is not known), hash
+.set RECORDS_TABLE,     FREE                # for each slot what is there: number, hash; 0 and 0 if it is no whole record
 .set RECORDS_SLOTS_MAX, 65536
 
 .set RECORDS_PD,        SCRATCH + 0x4000     # page directory of the GiB that persistent memory begins
@@ -164,7 +164,7 @@ records_compose:
     jb 1b
     ret
 
-# Looks at RECORDS_IN: r10 is the number of the record there, r11 its hash; r10 is 0 if it is no whole record. Clobbers
+# Looks at RECORDS_IN: r10 is the number of the record there, r11 its hash; both are 0 if it is no whole record. Clobbers
 # rax, rcx, rdx, rdi.
 records_examine:
     mov $RECORDS_IN, %edi
@@ -193,15 +193,15 @@ records_examine:
     jb 1b
     ret
 2:  xor %r10d, %r10d
+    xor %r11d, %r11d
     ret
 
-# What is known to be in the slot of record r14, which is about to be overwritten, must be there.
+# The slot of record r14, which is about to be overwritten, must hold what it is known to hold: no other record, nor one where there is
+# none, as on a disk that did not go back when the memory did.
 records_verify_slot:
     cmpq $0, records_verify(%rip)
     je 1f
     call records_slot_row
-    cmpq $0, (%rsi)
-    je 1f
     push %rsi
     call records_slot_sector
     mov $RECORDS_IN, %edi
@@ -209,15 +209,16 @@ records_verify_slot:
     call records_transfer
     call records_examine
     pop %rsi
-    mov (%rsi), %rbx
-    cmp %rbx, %r10
+    cmp (%rsi), %r10
     jne 2f
     cmp 8(%rsi), %r11
     jne 2f
 1:  ret
-2:  mov %r10, %rax                      # what is there instead
+2:  mov (%rsi), %rax
+    test %rax, %rax
+    cmovnz %rax, %r14                   # the record that is to be there; where there is none, the one that is not
+    mov %r10, %rax
     lea records_text_holds(%rip), %rsi
-    mov %rbx, %r14
     jmp records_broken
 
 # All that was written is durable when this returns.
@@ -424,7 +425,7 @@ records_map_pmem:
     jnz 1b
     ret
 
-# How many slots there are, into r13, and a table of them, of which nothing is known. rbx = boot_params.
+# How many slots there are, into r13; there must be memory for a table of them. rbx = boot_params.
 records_lay_out:
     mov records_size(%rip), %rax
     shr $9, %rax
@@ -467,10 +468,7 @@ records_lay_out:
 2:  add $20, %rbx
     dec %ecx
     jmp 1b
-3:  lea (%r13,%r13), %rcx
-    xor %eax, %eax
-    rep stosq
-    ret
+3:  ret
 4:  lea records_text_no_room(%rip), %rsi
     jmp records_usage
 
@@ -523,17 +521,15 @@ records_scan:
     xor %eax, %eax
     call records_transfer
     call records_examine
-    test %r10, %r10
-    jz 2f
-    lea -1(%r10), %rax                  # one that belongs elsewhere is none
+    call records_slot_row
+    mov %r10, (%rsi)
+    mov %r11, 8(%rsi)
+    lea -1(%r10), %rax                  # one that belongs elsewhere does not count
     xor %edx, %edx
     div %r13
     inc %rdx
     cmp %rdx, %r14
     jne 2f
-    call records_slot_row
-    mov %r10, (%rsi)
-    mov %r11, 8(%rsi)
     cmp %rbx, %r10
     cmova %r10, %rbx
 2:  inc %r14
@@ -549,8 +545,8 @@ records_scan:
     divq records_flush(%rip)
     mulq records_flush(%rip)
     mov %rax, %rbx
-    mov records_flush(%rip), %rcx       # the first that nothing behind that can have overwritten
-    add %rcx, %rax
+    mov records_flush(%rip), %rcx       # what is behind may have been flushed, too, and as many more been written: in whose slots
+    lea (%rax,%rcx,2), %rax             # nothing need be whole
     sub %r13, %rax
     jns 3f
     xor %eax, %eax
@@ -586,16 +582,8 @@ records_scan:
     jne 7f
     mov %rax, %r15
     jmp 6b
-7:  dec %r14
-8:  mov $RECORDS_TABLE, %esi            # what lies behind a gap is written again
-    mov %r13, %rcx
-9:  cmp %r14, (%rsi)
-    jbe 1f
-    movq $0, (%rsi)
-1:  add $16, %rsi
-    dec %rcx
-    jnz 9b
-    ret
+7:  dec %r14                            # what lies behind a gap is written again
+8:  ret
 records_lost:
     mov (%rsi), %rax
     lea records_text_holds(%rip), %rsi

@@ -126,6 +126,7 @@ fn a_record_that_is_lost_doubled_or_altered_on_the_disk_is_named() {
     assert_eq!(verify(&disk(41), 40), Ok(14));
     assert_eq!(verify(&disk(39), 40), Err(RecordError::Lost { number: 40, found: Some(24) }));
     assert_eq!(verify(&disk(7), 8), Err(RecordError::Lost { number: 8, found: None }));
+    assert_eq!(verify(&disk(43), 40), Err(RecordError::Ahead { number: 43, written: 42 }));
     let mut doubled = disk(40);
     doubled.copy_within(8 << 10..9 << 10, 7 << 10);
     // Record 41 takes the slot of 25, which is not looked at any more; 40 lies in slot 7.
