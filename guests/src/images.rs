@@ -7,6 +7,7 @@ use std::arch::global_asm;
 // One block for all: see the head of `runtime.s`.
 global_asm!(
     include_str!("asm/runtime.s"),
+    include_str!("asm/storage.s"),
     include_str!("asm/boot.s"),
     include_str!("asm/counter.s"),
     include_str!("asm/echo.s"),

@@ -4,26 +4,10 @@
 # Registers that live across the whole run: r12 the device's window, r13 slots of the ring, r14 number of the last record
 # written, r15 its hash. Interrupts are on while it waits, and not else.
 
-.set RECORDS_WINDOWS,   0xd0000000          # virtio-mmio (virtio 1.2, section 4.2), a page each
-.set RECORDS_WINDOW,    0x1000
-.set RECORDS_WINDOWS_N, 16
-.set RECORDS_IOAPIC,    0xfec00000
-.set RECORDS_PIN,       5                   # the pins of the I/O APIC from here on are those of virtio devices
-.set RECORDS_PINS,      18
-.set RECORDS_VECTOR,    0x30
-
-.set RECORDS_QUEUE,     8                   # entries; one request of three is in it at a time
-.set RECORDS_DESC,      SCRATCH             # descriptors: address, length in 4, flags in 2, next in 2
-.set RECORDS_AVAIL,     SCRATCH + 0x100
-.set RECORDS_USED,      SCRATCH + 0x200
-.set RECORDS_HEADER,    SCRATCH + 0x300     # of the request: type in 4, 0 in 4, sector
-.set RECORDS_STATUS,    SCRATCH + 0x310
 .set RECORDS_OUT,       SCRATCH + 0x1000    # the record that is written
 .set RECORDS_IN,        SCRATCH + 0x2000    # and one that is read
 .set RECORDS_TABLE,     FREE                # for each slot what is there: number, hash; 0 and 0 if it is no whole record
 .set RECORDS_SLOTS_MAX, 65536
-
-.set RECORDS_PD,        SCRATCH + 0x4000     # page directory of the GiB that persistent memory begins
 
     guest_begin records
 
@@ -221,68 +205,6 @@ records_verify_slot:
     lea records_text_holds(%rip), %rsi
     jmp records_broken
 
-# All that was written is durable when this returns.
-records_make_durable:
-    mov $4, %eax
-    xor %edx, %edx
-    jmp records_request
-
-# Reads (eax 0) or writes (1) a record: rdx the first sector, edi the memory of a record. Clobbers rax, rcx, rdx, rsi, rdi.
-records_transfer:
-    cmpq $0, records_on(%rip)
-    je records_request
-    shl $9, %rdx                        # persistent memory: loads and stores
-    add records_pmem(%rip), %rdx
-    mov %rdi, %rsi
-    test %eax, %eax
-    jz 1f
-    mov %rdx, %rdi
-    jmp 2f
-1:  mov %rdx, %rsi
-2:  mov records_sectors(%rip), %rcx
-    shl $6, %rcx
-    rep movsq
-    ret
-
-# Asks the device: eax 0 read, 1 write, 4 flush; rdx the first sector, edi the memory of a record. Waits for the answer.
-# Clobbers rax, rcx, rdx.
-records_request:
-    mov %eax, RECORDS_HEADER
-    movl $0, RECORDS_HEADER + 4
-    mov %rdx, RECORDS_HEADER + 8
-    cmpq $0, records_on(%rip)
-    je 5f
-    movl $0, RECORDS_HEADER             # a flush is VIRTIO_PMEM_REQ_TYPE_FLUSH
-5:  movl $0xff, RECORDS_STATUS          # a disk answers with one byte, persistent memory with four
-    mov %edi, RECORDS_DESC + 16
-    mov records_sectors(%rip), %rcx
-    shl $9, %ecx
-    mov %ecx, RECORDS_DESC + 24
-    mov $1, %ecx                        # a next one; and to be written by the disk, where it is a read
-    test %eax, %eax
-    jnz 1f
-    mov $3, %ecx
-1:  mov %cx, RECORDS_DESC + 28
-    mov $1, %ecx
-    cmp $4, %eax
-    jne 2f
-    mov $2, %ecx                        # no data
-2:  mov %cx, RECORDS_DESC + 14
-    movzwl RECORDS_AVAIL + 2, %eax      # ring[index] is 0, the first descriptor, for ever
-    inc %eax
-    mov %ax, RECORDS_AVAIL + 2
-    movl $0, 0x50(%r12)                 # QueueNotify
-3:  cli
-    movzwl RECORDS_USED + 2, %ecx
-    cmp %cx, RECORDS_AVAIL + 2
-    je 4f
-    sti
-    hlt
-    jmp 3b
-4:  mov RECORDS_STATUS, %eax
-    test %eax, %eax
-    jnz records_refused
-    ret
 records_refused:
     lea records_text_refused(%rip), %rsi
     jmp records_broken
@@ -304,126 +226,10 @@ records_broken:
     mov $1, %al
     jmp records_debug_exit
 
-# The window of the first disk (or, with on=pmem, persistent memory) that there is, into r12.
-records_find_device:
-    mov $2, %ebp
-    mov $27, %eax
-    cmpq $0, records_on(%rip)
-    cmovne %eax, %ebp
-    mov $RECORDS_WINDOWS, %r12d
-    mov $RECORDS_WINDOWS_N, %ecx
-1:  cmpl $0x74726976, (%r12)            # "virt"
-    jne 2f
-    cmpl $2, 4(%r12)                    # version
-    jne 2f
-    cmp %ebp, 8(%r12)
-    je 3f
-2:  add $RECORDS_WINDOW, %r12
-    dec %ecx
-    jnz 1b
-    lea records_text_no_device(%rip), %rsi
-    jmp records_usage
-3:  ret
-
 records_usage:
     call records_puts
     mov $2, %al
     jmp records_debug_exit
-
-# The handshake of virtio 1.2, sections 3.1 and 4.2.3: flushes and nothing else, one queue. The device's size into records_capacity, in
-# sectors.
-records_begin_device:
-    mov $SCRATCH, %edi
-    xor %eax, %eax
-    mov $0x400, %ecx
-    rep stosb
-    movl $RECORDS_HEADER, RECORDS_DESC
-    movl $16, RECORDS_DESC + 8
-    movw $1, RECORDS_DESC + 12          # the next one is 1 or 2
-    movl $1, RECORDS_DESC + 40
-    mov $0x200, %ebp                    # VIRTIO_BLK_F_FLUSH
-    cmpq $0, records_on(%rip)
-    je 2f
-    movl $4, RECORDS_DESC + 8
-    movl $4, RECORDS_DESC + 40
-    xor %ebp, %ebp
-2:    movw $2, RECORDS_DESC + 16 + 14
-    movl $RECORDS_STATUS, RECORDS_DESC + 32
-    movw $2, RECORDS_DESC + 44          # to be written by the disk
-    movl $0, 0x70(%r12)                 # reset, ACKNOWLEDGE, DRIVER
-    movl $1, 0x70(%r12)
-    movl $3, 0x70(%r12)
-    movl $0, 0x14(%r12)
-    mov 0x10(%r12), %eax
-    and %ebp, %eax
-    cmp %ebp, %eax
-    jne 1f
-    movl $0, 0x24(%r12)
-    mov %ebp, 0x20(%r12)
-    movl $1, 0x24(%r12)
-    movl $1, 0x20(%r12)                 # VIRTIO_F_VERSION_1
-    movl $11, 0x70(%r12)                # FEATURES_OK
-    testl $8, 0x70(%r12)
-    jz 1f
-    movl $0, 0x30(%r12)
-    movl $RECORDS_QUEUE, 0x38(%r12)
-    movl $RECORDS_DESC, 0x80(%r12)
-    movl $0, 0x84(%r12)
-    movl $RECORDS_AVAIL, 0x90(%r12)
-    movl $0, 0x94(%r12)
-    movl $RECORDS_USED, 0xa0(%r12)
-    movl $0, 0xa4(%r12)
-    movl $1, 0x44(%r12)
-    movl $15, 0x70(%r12)                # DRIVER_OK
-    xor %edi, %edi
-    call records_config
-    mov %rax, records_capacity(%rip)
-    cmpq $0, records_on(%rip)
-    je 3f
-    mov %rax, records_pmem(%rip)
-    mov %rax, %rdx                      # at the beginning of a GiB, from the fifth to the 512th
-    shr $30, %rdx
-    sub $4, %rdx
-    cmp $508, %rdx
-    jae 1f
-    test $0x3fffffff, %eax
-    jnz 1f
-    mov $8, %edi
-    call records_config
-    shr $9, %rax
-    mov $1 << 21, %ecx                  # one GiB of it is mapped
-    cmp %rcx, %rax
-    cmova %rcx, %rax
-    mov %rax, records_capacity(%rip)
-    call records_map_pmem
-3:  ret
-1:  lea records_text_unusable(%rip), %rsi
-    jmp records_usage
-
-# The 64 bits at rdi of the device's configuration, into rax. Clobbers rdx.
-records_config:
-    mov 0x104(%r12,%rdi), %eax
-    shl $32, %rax
-    mov 0x100(%r12,%rdi), %edx
-    or %rdx, %rax
-    ret
-
-# The GiB at records_pmem, at the same addresses, in pages of 2 MiB.
-records_map_pmem:
-    mov records_pmem(%rip), %rax
-    mov %rax, %rdx
-    shr $30, %rdx
-    lea records_pdpt(%rip), %rdi
-    movq $(RECORDS_PD + 3), (%rdi,%rdx,8)
-    or $0x83, %rax
-    mov $RECORDS_PD, %edi
-    mov $512, %ecx
-1:  mov %rax, (%rdi)
-    add $0x200000, %rax
-    add $8, %rdi
-    dec %ecx
-    jnz 1b
-    ret
 
 # How many slots there are, into r13; there must be memory for a table of them. rbx = boot_params.
 records_lay_out:
@@ -472,7 +278,7 @@ records_lay_out:
 4:  lea records_text_no_room(%rip), %rsi
     jmp records_usage
 
-# The timer through the PICs, unless there is none; the disk through the I/O APIC, whichever pin is its own.
+# The timer through the PICs, unless there is none; the device through the I/O APIC.
 records_begin_interrupts:
     pic_through_lint0 0xfe
     mov records_hz(%rip), %rcx
@@ -495,22 +301,7 @@ records_begin_interrupts:
     out %al, $0x40
     mov %ch, %al
     out %al, $0x40
-2:  mov $LAPIC, %edi
-    mov 0x20(%rdi), %edx                # to this processor
-    and $0xff000000, %edx
-    mov $RECORDS_IOAPIC, %edi
-    mov $(0x10 + 2 * RECORDS_PIN), %eax
-    mov $RECORDS_PINS, %ecx
-3:  inc %eax
-    mov %eax, (%rdi)
-    mov %edx, 0x10(%rdi)
-    dec %eax
-    mov %eax, (%rdi)
-    movl $RECORDS_VECTOR, 0x10(%rdi)    # edge-triggered, active-high, fixed
-    add $2, %eax
-    dec %ecx
-    jnz 3b
-    ret
+2:  jmp records_begin_device_interrupts
 
 # Finds the last record: number and hash into r14 and r15. Records up to the last flush must be there, those behind it may.
 records_scan:
@@ -601,21 +392,13 @@ records_timer:
     pop %rax
     iretq
 
-records_disk:
-    push %rax
-    mov 0x60(%r12), %eax                # InterruptStatus, InterruptACK
-    mov %eax, 0x64(%r12)
-    mov $LAPIC, %eax
-    movl $0, 0xb0(%rax)                 # end of interrupt
-    pop %rax
-    iretq
-
 records_spurious:
     iretq
 
 records_exception:
     jmp records_fatal
 
+    storage records
     runtime records
     fatal_exception records
     exception_stubs records
@@ -628,7 +411,7 @@ records_idt:
   .rept 15
     idt_gate records, records_spurious
   .endr
-    idt_gate records, records_disk
+    idt_gate records, records_device_interrupt
 records_idt_end:
 
     .balign 8
@@ -636,8 +419,6 @@ records_seed:       .quad 0x70657264757265
 records_multiplier: .quad 0x517cc1b727220a95
 records_magic:      .quad 0x64726f6365723a70    # "p:record"
 records_sectors:    .quad 0                     # of a record
-records_capacity:   .quad 0                     # of the device, in sectors
-records_pmem:       .quad 0                     # its address, where it is persistent memory
 records_ticks:      .quad 0                     # by the interrupt handler
 records_done:       .quad 0                     # of them, waited for
 records_parameters:
@@ -664,8 +445,6 @@ records_text_broken:   .asciz "chain broken at record "
 records_text_holds:    .asciz " its slot holds "
 records_text_hash:     .asciz " hash "
 records_text_refused:  .asciz " device status "
-records_text_no_device: .asciz "nothing to write to: give a disk with --disk, or with on=pmem persistent memory with --pmem\n"
-records_text_unusable: .asciz "the device cannot be used: it has no flush, refuses what is asked of it, or lies where it cannot be mapped\n"
 records_text_no_room:  .asciz "size= is not 512 to 4096, flush= not 1 to an eighth of the slots, or memory is too small\n"
 
     guest_end records
