@@ -12,7 +12,8 @@
 //!
 //! # Devices
 //! In-kernel PIC, IOAPIC, local APICs and PIT, and the ports below. Lines end in `\n` alone. `records` looks for a virtio-mmio block
-//! device, or persistent memory (from 4 GiB on, at the beginning of a GiB), in the [`VIRTIO_WINDOWS`] pages from [`VIRTIO_MMIO`] on; its interrupt may be any pin of the IOAPIC from 5 to 22.
+//! device, or persistent memory (from 4 GiB on, at the beginning of a GiB), in the [`VIRTIO_WINDOWS`] pages from [`VIRTIO_MMIO`] on; its
+//! interrupt is one of [`VIRTIO_PINS`].
 
 /// Physical address at which every image is linked and loaded.
 pub const LOAD_ADDRESS: u64 = 0x10_0000;
@@ -27,6 +28,8 @@ pub const TRAMPOLINE_ADDRESS: u64 = 0x8000;
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// Windows that are looked at.
 pub const VIRTIO_WINDOWS: u64 = 16;
+/// Pins of the IOAPIC of which one is such a device's interrupt.
+pub const VIRTIO_PINS: std::ops::RangeInclusive<u32> = 5..=22;
 
 /// First port of the 16550 serial line; its interrupt is [`SERIAL_IRQ`].
 pub const SERIAL: u16 = 0x3f8;

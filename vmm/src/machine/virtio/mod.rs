@@ -94,3 +94,15 @@ pub(super) fn place(
     buses.mmio.insert(address, SIZE, &device, 0)?;
     Ok(Placed { device, node: AcpiNode { number, address, gsi }, _thread: thread })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use guests::ports;
+
+    #[test]
+    fn devices_are_where_the_embedded_guests_look_for_them() {
+        assert_eq!((ports::VIRTIO_MMIO, ports::VIRTIO_WINDOWS), (VIRTIO_MMIO_START, GSIS.len() as u64));
+        assert!(GSIS.iter().all(|gsi| ports::VIRTIO_PINS.contains(gsi)));
+    }
+}
