@@ -239,11 +239,20 @@ mod tests {
 
     #[test]
     fn where_outages_are_simulated_what_was_flushed_outlives_a_cut_though_its_neighbour_was_written_since() {
+        for medium in [MediumKind::File, MediumKind::Nvdimm] {
+            assert!(traced::is_told(medium));
+            assert!(matches!(what_a_cut_leaves(medium), None | Some([1, 0])), "{medium}");
+        }
+    }
+
+    /// Of two bytes of a page, the first of which was flushed, as a cut leaves them that takes all that it can; `None` before Linux 6.5, which does not tell of
+    /// what went past the record.
+    fn what_a_cut_leaves(medium: MediumKind) -> Option<[u8; 2]> {
         use vfs::cut::{image::Image, record::Recorder, record::RecordingVfs, trace::Trace};
         let home = tempfile::tempdir().unwrap();
         let (root, record) = (home.path().join("pool"), home.path().join("record"));
         std::fs::create_dir(&root).unwrap();
-        drop(region(&root, MediumKind::File));
+        drop(region(&root, medium));
         let taken = Image::take(&root).unwrap();
         let recorder = Arc::new(Recorder::open(&record).unwrap());
         let pool = Pool::open(&root, Arc::new(RecordingVfs::new(Arc::clone(&recorder)))).unwrap();
@@ -254,14 +263,18 @@ mod tests {
         write(&memory, 4096, 1);
         memory.persist().unwrap();
         write(&memory, 4097, 2);
+        if medium == MediumKind::Nvdimm {
+            // A flush that is on its way: it writes anew what is on the medium already.
+            let (file, part) = region.share_file().unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, &[1, 2], part.start + 4096).unwrap();
+        }
         match taken.cut(&std::fs::read(record).unwrap(), 0) {
-            // Linux before 6.5 does not tell of what went past the record.
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => return,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => return None,
             other => other.unwrap(),
         };
         let mut bytes = [0; 2];
         region.read_at(&mut bytes, 4096).unwrap();
-        assert_eq!(bytes, [1, 0]);
+        Some(bytes)
     }
 
     #[test]

@@ -19,10 +19,16 @@ pub(super) struct Traced {
     known: Vec<u8>,
 }
 
+/// Whether memory on this medium has to be told of.
+pub(super) fn is_told(medium: MediumKind) -> bool {
+    medium != MediumKind::Dax
+}
+
 impl Traced {
-    /// Of a region on `file` of a process that keeps a record: on `nvdimm` its image is written through the `Vfs`, on `dax` a store counts as durable.
+    /// Of a region of a process that keeps a record, on `file` and `nvdimm`: on `dax` a store counts as durable. On `nvdimm` each flush writes all that is
+    /// private to the image anew, past the record: what an earlier one made durable would count as lost with it.
     pub(super) fn begin(region: &Region, mapping: &Mapping) -> Result<Option<Self>, RegionError> {
-        if mapping.medium() != MediumKind::File {
+        if !is_told(mapping.medium()) {
             return Ok(None);
         }
         Trace::of(region.path()).map(|trace| Self::new(trace, region, mapping)).transpose()
