@@ -91,9 +91,9 @@ fn a_guest_finds_a_bit_that_was_flipped_on_its_disk_before_it_overwrites_it_and_
         let number = acknowledged(&vm.output()).expect("records") - 5;
         flip(&vm, number);
         if cold {
-            vm.start(&RECORDS)
+            vm.start(&RECORDS);
         } else {
-            vm.resume()
+            vm.resume();
         }
         vm.wait_until("its complaint", |output| output.contains("chain broken") && output.ends_with('\n'));
         let output = vm.output();
