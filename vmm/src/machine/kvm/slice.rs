@@ -36,8 +36,8 @@ impl Slices {
         event.sigev_notify = libc::SIGEV_THREAD_ID;
         event.sigev_signo = SIGRTMIN();
         event.sigev_value.sival_ptr = (&raw const *mark).cast_mut().cast();
-        // SAFETY: has no arguments.
-        event.sigev_notify_thread_id = unsafe { libc::gettid() };
+        // Not `libc::gettid`: with link-time optimisation that is the standard library's weak symbol of the name, which a static C library leaves null.
+        event.sigev_notify_thread_id = rustix::thread::gettid().as_raw_nonzero().get();
         let mut timer = std::ptr::null_mut();
         // SAFETY: both live for the call; the timer is deleted before `mark` goes.
         if unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } != 0 {
