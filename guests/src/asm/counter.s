@@ -30,22 +30,8 @@ counter_entry:
     call counter_lay_out
     pic_through_lint0 0xfe
 
-    mov counter_hz(%rip), %rcx          # PIT channel 0, rate generator
-    mov $19, %eax
-    cmp %rax, %rcx
-    cmovb %rax, %rcx
-    mov $10000, %eax
-    cmp %rax, %rcx
-    cmova %rax, %rcx
-    mov $1193182, %eax
-    xor %edx, %edx
-    div %rcx
-    mov %eax, %ecx
-    out8 0x43, 0x34
-    mov %cl, %al
-    out %al, $0x40
-    mov %ch, %al
-    out %al, $0x40
+    mov counter_hz(%rip), %rcx
+    pit_periodic
 
     xor %r14d, %r14d
     mov counter_seed(%rip), %r15

@@ -286,21 +286,7 @@ records_begin_interrupts:
     jnz 1f
     out8 0x21, 0xff
     jmp 2f
-1:  mov $19, %eax
-    cmp %rax, %rcx
-    cmovb %rax, %rcx
-    mov $10000, %eax
-    cmp %rax, %rcx
-    cmova %rax, %rcx
-    mov $1193182, %eax                  # PIT channel 0, rate generator
-    xor %edx, %edx
-    div %rcx
-    mov %eax, %ecx
-    out8 0x43, 0x34
-    mov %cl, %al
-    out %al, $0x40
-    mov %ch, %al
-    out %al, $0x40
+1:  pit_periodic
 2:  jmp records_begin_device_interrupts
 
 # Finds the last record: number and hash into r14 and r15. Records up to the last flush must be there, those behind it may.

@@ -227,6 +227,25 @@ perdure_guest_\g\()_end:
     out8 0xa1, 0xff
 .endm
 
+# Lets the PIT's channel 0 interrupt rcx times a second, 19 (what its counter holds) to 10000. Clobbers rax, rcx and rdx.
+.macro pit_periodic
+    mov $19, %eax
+    cmp %rax, %rcx
+    cmovb %rax, %rcx
+    mov $10000, %eax
+    cmp %rax, %rcx
+    cmova %rax, %rcx
+    mov $1193182, %eax
+    xor %edx, %edx
+    div %rcx
+    mov %eax, %ecx
+    out8 0x43, 0x34
+    mov %cl, %al
+    out %al, $0x40
+    mov %ch, %al
+    out %al, $0x40
+.endm
+
 # Console, numbers, parameters, endings. All may clobber rax, rcx, rdx, rsi and nothing else, unless said.
 .macro runtime g
 

@@ -63,21 +63,7 @@ smp_entry:
     mov $100, %eax
     test %rcx, %rcx
     cmovz %rax, %rcx
-    mov $19, %eax
-    cmp %rax, %rcx
-    cmovb %rax, %rcx
-    mov $10000, %eax
-    cmp %rax, %rcx
-    cmova %rax, %rcx
-    mov $1193182, %eax
-    xor %edx, %edx
-    div %rcx
-    mov %eax, %ecx
-    out8 0x43, 0x34
-    mov %cl, %al
-    out %al, $0x40
-    mov %ch, %al
-    out %al, $0x40
+    pit_periodic
     mov $SMP_RECORDS, %r14d
     call smp_own_record
     call smp_start_others
