@@ -1,7 +1,7 @@
 //! Pages that changed, told to each who wants to know, and a bound on those that are not durable.
 //!
 //! Witnesses tell a page once, and two want to hear of it: generations ([`super::DirtyTracker`]), and whoever flushes behind the guest
-//! ([`UnflushedPages`]). So what the VM's teller ([`Teller`]: rings, or a log) and the VMM's bitmap tell is taken in one place, here, and put down for
+//! ([`UnflushedPages`]). So what the VM's teller ([`super::super::kvm::teller::Teller`]: rings, or a log) and the VMM's bitmap tell is taken in one place, here, and put down for
 //! both.
 //!
 //! ```text
@@ -27,7 +27,6 @@ mod slices;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::super::kvm::teller::Teller;
 use super::super::kvm::{KvmError, Vm};
 use super::super::memory::GuestRam;
 use super::{Bound, PageSet};
@@ -185,7 +184,7 @@ impl State {
             self.generations.iter_mut().for_each(|pages| pages.insert(page));
             self.unflushed.iter_mut().for_each(|unflushed| unflushed.is_hot(page));
         });
-        if let (Some(unflushed), true) = (&mut self.unflushed, vm.teller().is_some_and(Teller::is_log)) {
+        if let (Some(unflushed), true) = (&mut self.unflushed, vm.runs_by_slices()) {
             unflushed.slices.check(new);
         }
         taken
@@ -207,7 +206,7 @@ impl State {
 
     /// Has what was told be told anew, if there is room for so many grants where that grants something, or in any case.
     fn rearm(&mut self, vm: &Vm, grants: Option<u64>) -> Result<bool, KvmError> {
-        let grants = grants.filter(|_| !vm.teller().is_some_and(Teller::is_log));
+        let grants = grants.filter(|_| !vm.runs_by_slices());
         let may = |unflushed: &Unflushed| grants.is_none_or(|grants| unflushed.may_grant(grants));
         if !self.unflushed.as_ref().is_none_or(may) {
             return Ok(false);

@@ -34,7 +34,7 @@ const ENTRIES_MOST: u32 = 1 << 16;
 ///
 /// KVM keeps 64 entries in reserve, and looks whether a ring is full before it enters the guest. A KVM that works without VMX and SVM (KVM-PVM)
 /// emulates what a guest does at CPL0 in batches, of which each write is an entry, and looks between batches only: under load the reserve was seen to be
-/// overrun, and pages that the guest wrote were not told (the unit test `a_ticking_guest_is_bounded_and_both_hear_of_every_page` shows it).
+/// overrun, and pages that the guest wrote were not told (the unit test `rings_tell_every_page_of_a_ticking_guest` shows it).
 #[must_use]
 pub(in super::super) fn are_sound() -> bool {
     const VMX: u32 = 1 << 5;

@@ -38,9 +38,7 @@ impl Teller {
         }
     }
 
-    /// As the VM's dirty pages are bounded.
-    #[must_use]
-    pub fn is_log(&self) -> bool {
+    pub(super) fn is_log(&self) -> bool {
         matches!(self, Self::Log(..))
     }
 

@@ -22,7 +22,6 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use super::failure::{Position, VcpuFailure};
 use super::slice::{self, Slices};
 use super::state::VcpuStateV1;
-use super::teller::Teller;
 use super::{KvmError, Vm, registers};
 use crate::machine::dirty::told::Told;
 use crate::machine::jail::{self, Role};
@@ -390,7 +389,7 @@ impl Runner {
 
     /// The slices that it is to keep to, if it is. On its own thread.
     fn slices(&self) -> std::io::Result<Option<Slices>> {
-        if !self.vm.teller().is_some_and(Teller::is_log) {
+        if !self.vm.runs_by_slices() {
             return Ok(None);
         }
         // SAFETY: the mark lies in the mapping that `fd` keeps, and they go before it: see `serve`.

@@ -113,6 +113,11 @@ impl Vm {
         self.inner.teller.as_ref()
     }
 
+    /// Whether time bounds what its vCPUs write.
+    pub(in super::super) fn runs_by_slices(&self) -> bool {
+        self.inner.teller.as_ref().is_some_and(Teller::is_log)
+    }
+
     /// Has its teller tell what the guest wrote, each page once until [`Vm::rearm`].
     pub(in super::super) fn harvest(&self, tell: &mut dyn FnMut(u64)) -> Result<(), KvmError> {
         let Some(teller) = &self.inner.teller else { return Ok(()) };
